@@ -1,0 +1,37 @@
+"""The plugin's settings: made once by the launcher, read in every server process.
+
+SGLang spawns its processes and parses its own arguments only, so ours travel in one environment
+variable as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+ENV = "STATEFUL_SGLANG_CONFIG"
+
+
+@dataclass(frozen=True)
+class PluginConfig:
+    """Settings of our plugin in one server."""
+
+    stateful: bool = False
+    """False: plain SGLang, with CPU support only."""
+    pin_budget: float = 0.5
+    """Largest share of the KV pool, 0 to 1, whose session leaves are pinned."""
+    draft: Literal["auto", "off"] = "auto"
+    max_draft: int = 8
+    """Most tokens drafted for a request in one step."""
+
+    def to_env(self) -> None:
+        """Publish these settings to this process and to those it will spawn."""
+        os.environ[ENV] = json.dumps(asdict(self))
+
+    @classmethod
+    def from_env(cls) -> PluginConfig:
+        """Settings of this server; plain SGLang where the launcher set none."""
+        raw = os.environ.get(ENV)
+        return cls(**json.loads(raw)) if raw else cls()
