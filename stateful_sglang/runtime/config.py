@@ -31,7 +31,7 @@ class PluginConfig:
         os.environ[ENV] = json.dumps(asdict(self))
 
     @classmethod
-    def from_env(cls) -> PluginConfig:
-        """Settings of this server; plain SGLang where the launcher set none."""
+    def from_env(cls) -> PluginConfig | None:
+        """Settings of this server, or None where our launcher did not start it."""
         raw = os.environ.get(ENV)
-        return cls(**json.loads(raw)) if raw else cls()
+        return cls(**json.loads(raw)) if raw else None

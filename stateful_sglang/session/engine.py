@@ -25,6 +25,8 @@ class TurnRequest:
     """New tokens, typecode 'q'."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """SGLang sampling parameters."""
+    stream: bool = True
+    """False: nobody reads between the first token and the last, so progress may be sparse."""
 
 
 class TurnProgress(NamedTuple):
