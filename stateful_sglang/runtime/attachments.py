@@ -1,8 +1,9 @@
 """Every place where we touch SGLang, with a fingerprint of the source each one relies on.
 
-A row is made where the attachment is made (each room's ``ATTACHMENTS``); this module gathers them,
-fingerprints the targets and compares with the committed ``fingerprints.json``. A mismatch stops the
-server: running on source that was never tested is worse than not running.
+A row is made where the attachment is made (each room's ``ATTACHMENTS``), gathered by
+:mod:`~stateful_sglang.runtime.catalogue` and committed with its fingerprint in ``attachments.json``.
+Every server process compares the committed fingerprints with the installed SGLang before it attaches
+anything; a mismatch stops it: running on source that was never tested is worse than not running.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import ast
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 from stateful_sglang import SGLANG_VERSION
 
-FINGERPRINTS = Path(__file__).with_name("fingerprints.json")
+TABLE = Path(__file__).with_name("attachments.json")
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class AttachmentStatus(NamedTuple):
     """An attachment compared with the installed SGLang."""
 
     attachment: Attachment
-    expected: str | None
+    expected: str
     found: str | None
     """None where the target does not exist in the installed SGLang."""
 
     @property
     def holds(self) -> bool:
-        return self.found is not None and self.found == self.expected
+        return self.found == self.expected
 
 
 class FingerprintMismatchError(RuntimeError):
@@ -65,11 +65,17 @@ def fingerprint(target: str) -> str | None:
     return None
 
 
-def check(attachments: Iterable[Attachment] | None = None) -> list[AttachmentStatus]:
-    """Compare each attachment's fingerprint with the committed one."""
-    expected = json.loads(FINGERPRINTS.read_text()) if FINGERPRINTS.exists() else {}
-    rows = all_attachments() if attachments is None else attachments
-    return [AttachmentStatus(row, expected.get(row.target), fingerprint(row.target)) for row in rows]
+def check() -> list[AttachmentStatus]:
+    """Compare every committed fingerprint with the installed SGLang, importing none of it."""
+    rows = json.loads(TABLE.read_text(encoding="utf-8"))
+    return [
+        AttachmentStatus(
+            Attachment(row["target"], row["kind"], row["reason"]),
+            row["fingerprint"],
+            fingerprint(row["target"]),
+        )
+        for row in rows
+    ]
 
 
 def require_match() -> None:
@@ -93,13 +99,6 @@ def require_match() -> None:
             f"The installed SGLang {installed} differs from the source that stateful_sglang was "
             f"tested with:\n  {names}\nReinstall sglang=={SGLANG_VERSION} unmodified."
         )
-
-
-def all_attachments() -> list[Attachment]:
-    """Rows of all rooms, sorted by target; imports SGLang's side of the rooms lazily."""
-    from stateful_sglang.runtime import catalogue
-
-    return sorted(catalogue.ATTACHMENTS, key=lambda row: (row.target, row.kind))
 
 
 @cache
