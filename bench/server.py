@@ -1,0 +1,100 @@
+"""A server process of ours for a bench or a test: started, waited for, ended by its own id."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+START_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    url: str
+    pid: int
+    log: Path
+    """What its processes printed."""
+    start_s: float
+    """Seconds from starting the process to the first healthy answer."""
+
+
+class ServerDiedError(RuntimeError):
+    """The server ended, or did not get ready in time; the message ends with its log."""
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serve(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Server]:
+    """Run ``python -m stateful_sglang.launch`` with ``arguments`` while the context lasts.
+
+    Raises:
+        ServerDiedError: It did not become healthy.
+    """
+    port = free_port()
+    log = Path(tempfile.mkstemp(prefix="stateful-sglang-", suffix=".log")[1])
+    command = [sys.executable, "-m", "stateful_sglang.launch", "--port", str(port), *arguments]
+    began = time.monotonic()
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            command,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(env or {})},
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait(process, url, log, began)
+        yield Server(url, process.pid, log, time.monotonic() - began)
+    finally:
+        _stop(process)
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, log: Path, began: float) -> None:
+    while time.monotonic() - began < START_TIMEOUT_S:
+        if process.poll() is not None:
+            raise ServerDiedError(f"exit status {process.returncode}\n{_tail(log)}")
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health", timeout=5).status_code == httpx.codes.OK:
+                return
+        time.sleep(0.2)
+    raise ServerDiedError(f"not healthy after {START_TIMEOUT_S:.0f} s\n{_tail(log)}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the process group that we started: SGLang's children are in it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        pass
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _tail(log: Path, lines: int = 40) -> str:
+    text: Sequence[str] = log.read_text(errors="replace").splitlines()
+    return "\n".join(text[-lines:])
