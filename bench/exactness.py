@@ -55,7 +55,9 @@ def random_delta(rng: random.Random, tokenizer, first: bool) -> list[int]:
         text = "\n".join(rng.choice(_WORDS) for _ in range(rng.randint(1, 8 if first else 4)))
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     if kind < 0.8:
-        text = f"<|im_end|>\n<|im_start|>user\n{rng.choice(_WORDS)}<|im_end|>\n<|im_start|>assistant\n"
+        text = (
+            f"<|im_end|>\n<|im_start|>user\n{rng.choice(_WORDS)}<|im_end|>\n<|im_start|>assistant\n"
+        )
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     return [rng.randrange(20, tokenizer.vocab_size) for _ in range(rng.randint(1, 60))]
 
@@ -155,7 +157,9 @@ def compare(model: Path, sessions: list[Session]) -> list[Mismatch]:
 
 def main() -> int:
     """Run the check; exit status 1 when a mismatch is no tie."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--sessions", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--tie", type=float, default=1e-4, help="logits closer than this are a tie")
