@@ -1,8 +1,8 @@
 """A turn computes its delta: computed tokens against delta tokens at growing histories.
 
 One session for each history length is filled in one turn, then takes turns of new messages whose
-tool results are real text. Every later turn must compute its delta and at most one page more (the last
-sampled token's KV).
+tool results are real text. Every later turn must compute its delta and at most one page more (the
+last sampled token's KV).
 
     python -m bench.delta --json delta.json
 """

@@ -1,9 +1,9 @@
 """Token exactness: greedy turns of random sessions against `transformers` from scratch.
 
-Sessions of random deltas and lengths run interleaved on one float32 server, through the session API
-with drafts on. Then every generated token is checked against a float32 `transformers` model that reads
-the whole transcript at once: the token must be the argmax there. A difference is excused only where
-the two logits lie closer than ``--tie``.
+Sessions of random deltas and lengths run interleaved on one float32 server, through the session
+API with drafts on. Then every generated token is checked against a float32 `transformers` model
+that reads the whole transcript at once: the token must be the argmax there. A difference is
+excused only where the two logits lie closer than ``--tie``.
 
     python -m bench.exactness --sessions 200 --json exactness.json
 """

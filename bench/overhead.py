@@ -1,8 +1,8 @@
 """Zero when unused: plain requests with our extension on and with ``--stateful off``.
 
-Two servers of the same build, never at once, in alternating rounds: each round starts both arms in
-turn and sends the same new prompts to each (random tokens, so that no cache can have seen them). The
-ratio of an arm's medians is taken a round, and the rounds' median is what is reported.
+Two servers of the same build, never at once, in alternating rounds: each round starts both arms
+in turn and sends the same new prompts to each (random tokens, so that no cache can have seen
+them). The ratio of an arm's medians is taken a round, and the rounds' median is what is reported.
 
     python -m bench.overhead --rounds 5 --json overhead.json
 """

@@ -1,0 +1,32 @@
+"""The pure rooms import neither SGLang nor torch: a session upgrade must not hurt there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PURE = (
+    "stateful_sglang.session.engine",
+    "stateful_sglang.session.rank",
+    "stateful_sglang.session.render",
+    "stateful_sglang.session.store",
+    "stateful_sglang.session.transcript",
+    "stateful_sglang.prefix.policy",
+    "stateful_sglang.draft.index",
+    "stateful_sglang.draft.select",
+    "stateful_sglang.runtime.attachments",
+    "stateful_sglang.runtime.config",
+)
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_a_pure_module_imports_neither_sglang_nor_torch(module: str) -> None:
+    code = (
+        f"import sys, {module}; "
+        "heavy = {'sglang', 'torch', 'transformers'} & set(sys.modules); "
+        "sys.exit(f'imports {sorted(heavy)}' if heavy else 0)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

@@ -1,0 +1,111 @@
+"""A rank's sessions: what an aborted turn leaves is never continued."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from stateful_sglang.session.rank import BusySessionError, RankSessions, RankTurn, StaleBaseError
+
+tokens = st.lists(st.integers(0, 99), max_size=6)
+
+
+def ids(values: list[int]) -> array[int]:
+    return array("q", values)
+
+
+def test_a_new_session_starts_with_its_first_turn() -> None:
+    ranks = RankSessions()
+    assert list(ranks.begin_turn("s", "r1", 0, ids([1, 2]))) == [1, 2]
+    assert ranks.turn_of("r1") == RankTurn("s", 0, 2)
+
+
+def test_a_committed_output_is_what_the_next_turn_continues() -> None:
+    ranks = RankSessions()
+    ranks.begin_turn("s", "r1", 0, ids([1, 2]))
+    ranks.finish_turn("r1", [3])
+    assert list(ranks.begin_turn("s", "r2", 3, ids([4]))) == [1, 2, 3, 4]
+
+
+def test_an_unpublished_commit_is_dropped_by_the_next_turn() -> None:
+    ranks = RankSessions()
+    ranks.begin_turn("s", "r1", 0, ids([1, 2]))
+    ranks.finish_turn("r1", [3, 4])
+    assert list(ranks.begin_turn("s", "r2", 0, ids([9]))) == [9]
+
+
+def test_a_turn_on_tokens_the_rank_lost_is_refused_and_changes_nothing() -> None:
+    ranks = RankSessions()
+    with pytest.raises(StaleBaseError, match="continues 5 committed tokens, but this rank holds 0"):
+        ranks.begin_turn("s", "r1", 5, ids([1]))
+    assert "s" not in ranks
+
+
+def test_a_second_writer_is_refused_while_the_first_runs() -> None:
+    ranks = RankSessions()
+    ranks.begin_turn("s", "r1", 0, ids([1]))
+    with pytest.raises(BusySessionError, match="already runs turn r1"):
+        ranks.begin_turn("s", "r2", 0, ids([2]))
+    ranks.finish_turn("r1", None)
+    assert list(ranks.begin_turn("s", "r3", 0, ids([2]))) == [2]
+
+
+def test_closing_during_a_turn_lets_the_turn_end_without_effect() -> None:
+    ranks = RankSessions()
+    ranks.begin_turn("s", "r1", 0, ids([1]))
+    assert ranks.close("s")
+    assert ranks.finish_turn("r1", [2]) == RankTurn("s", 0, 1)
+    assert "s" not in ranks
+    assert not ranks.close("s")
+
+
+class RankMachine(RuleBasedStateMachine):
+    """Turns that commit, abort or are never published, against plain lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ranks = RankSessions()
+        self.committed: dict[str, list[int]] = {}
+        self.running: dict[str, tuple[str, list[int]]] = {}
+        self.next_rid = 0
+
+    @rule(session=st.sampled_from("abc"), delta=tokens)
+    def begin(self, session: str, delta: list[int]) -> None:
+        if any(owner == session for owner, _ in self.running.values()):
+            return
+        base = self.committed.setdefault(session, [])
+        rid = f"{self.next_rid:04}"
+        self.next_rid += 1
+        prompt = self.ranks.begin_turn(session, rid, len(base), ids(delta))
+        assert list(prompt) == base + delta
+        self.running[rid] = (session, base + delta)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), output=tokens, fate=st.sampled_from(["commit", "abort", "unpublished"]))
+    def end(self, data: st.DataObject, output: list[int], fate: str) -> None:
+        rid = data.draw(st.sampled_from(sorted(self.running)))
+        session, prompt = self.running.pop(rid)
+        self.ranks.finish_turn(rid, None if fate == "abort" else output)
+        if fate == "commit":
+            self.committed[session] = prompt + output
+
+    @rule(session=st.sampled_from("abc"))
+    def close(self, session: str) -> None:
+        if not any(owner == session for owner, _ in self.running.values()):
+            known = self.committed.pop(session, None) is not None
+            assert self.ranks.close(session) == known
+
+    @invariant()
+    def running_turns_are_known(self) -> None:
+        for rid, (session, prompt) in self.running.items():
+            turn = self.ranks.turn_of(rid)
+            assert turn is not None
+            assert turn == RankTurn(session, len(self.committed[session]), len(prompt))
+
+
+TestRankMachine = RankMachine.TestCase
+TestRankMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
