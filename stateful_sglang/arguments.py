@@ -1,0 +1,239 @@
+"""Settle SGLang's arguments: what the user gave, then what being stateful and this machine ask for.
+
+Whatever the user gave wins, except where it contradicts ``--stateful on``, which is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stateful_sglang import device, machine, model
+from stateful_sglang.launch import DEFAULT_HOST, DEFAULT_PORT, LaunchError
+from stateful_sglang.runtime.config import PluginConfig
+
+logger = logging.getLogger(__name__)
+
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+_STATEFUL_CONFLICTS = ("disable_radix_cache", "radix_cache_backend", "enable_mixed_chunk")
+_OTHER_SERVERS = ("use_ray", "grpc_mode", "smg_grpc_mode", "encoder_only", "enable_http2")
+"""SGLang modes that are not its Python HTTP server, which is the one this launcher starts."""
+
+Setting = int | float | str | bool
+
+
+def settle(ours: argparse.Namespace, theirs: list[str]) -> tuple[Any, PluginConfig]:
+    """Make SGLang's ``ServerArgs`` and publish our settings to this process and its children.
+
+    Raises:
+        LaunchError: An argument, the model, the port or the memory will not do.
+    """
+    from stateful_sglang.cpu import platform
+
+    if ours.cache_dir is not None:
+        os.environ[model.CACHE_ENV] = str(ours.cache_dir.expanduser().absolute())
+    config = PluginConfig(
+        stateful=ours.stateful == "on",
+        pin_budget=ours.pin_budget,
+        draft=ours.draft,
+        max_draft=ours.max_draft,
+    )
+    config.to_env()
+    prepared = platform.prepare()
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    given, argv = _given(theirs)
+    _check_modes(given, config)
+    added: dict[str, Setting] = {}
+    if "model_path" not in given:
+        added["model_path"] = str(_default_model(ours.cache_dir))
+    _check_port(given, added)
+    report = ""
+    on_cpu = prepared.cpu_engine and given.get("device", "cpu") == "cpu"
+    if on_cpu:
+        report = _suit_cpu(given, added)
+    if config.stateful:
+        _suit_sessions(config, given, added, on_cpu)
+    server_args = _server_args(argv + _flags(added))
+    if report:
+        logger.info("%s", report)
+    return server_args, config
+
+
+def _given(theirs: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """What the user gave, by argument name; and the command line with a --config file merged in."""
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+
+    parser = _SGLangParser(prog="sglang", allow_abbrev=True)
+    ServerArgs.add_cli_args(parser)
+    argv = theirs
+    if "--config" in theirs:
+        try:
+            argv = ConfigArgumentMerger(parser).merge_config_with_args(theirs)
+        except (ValueError, OSError) as error:
+            raise LaunchError(f"--config: {error}") from error
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+        action.required = False
+    return vars(parser.parse_args(argv)), argv
+
+
+class _SGLangParser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise LaunchError(
+            f"{message}. Arguments are those of python -m stateful_sglang.launch --help and of "
+            "python -m sglang.launch_server --help"
+        )
+
+
+def _check_modes(given: Mapping[str, Any], config: PluginConfig) -> None:
+    for name in _OTHER_SERVERS:
+        if given.get(name):
+            raise LaunchError(
+                f"{_flag(name)} starts another kind of server; this launcher starts SGLang's Python "
+                "HTTP server. Use python -m sglang.launch_server for it"
+            )
+    if not config.stateful:
+        return
+    for name in _STATEFUL_CONFLICTS:
+        if given.get(name):
+            raise LaunchError(
+                f"{_flag(name)} cannot be combined with sessions, which keep their KV in a prefix "
+                "tree of their own. Leave it out, or add --stateful off"
+            )
+
+
+def _default_model(cache_dir: Path | None) -> Path:
+    try:
+        return model.ensure_default_model(cache_dir)
+    except model.ModelError as error:
+        raise LaunchError(str(error)) from error
+
+
+def _check_port(given: Mapping[str, Any], added: dict[str, Setting]) -> None:
+    host, port = given.get("host", DEFAULT_HOST), given.get("port", DEFAULT_PORT)
+    if "host" not in given:
+        added["host"] = DEFAULT_HOST
+    problem = machine.port_problem(host, port)
+    if problem is not None:
+        raise LaunchError(
+            f"cannot listen on {host}:{port}: {problem}. Stop what is using the port, or choose "
+            "another with --port"
+        )
+
+
+def _suit_cpu(given: Mapping[str, Any], added: dict[str, Setting]) -> str:
+    """Add CPU settings, set the thread count of the processes to come, and describe both."""
+    path = str(given.get("model_path") or added["model_path"])
+    dtype = str(given.get("dtype", "bfloat16"))
+    try:
+        shape = device.model_shape(
+            _model_config(path), _stored_bytes(path), "bfloat16" if dtype == "auto" else dtype
+        )
+    except KeyError as error:
+        raise LaunchError(
+            f"--model-path {path}: its config.json has no {error}; expected the configuration of a "
+            "decoder language model"
+        ) from error
+    threads = os.environ.get("OMP_NUM_THREADS")
+    here = machine.probe()
+    try:
+        choices = device.choose(
+            here,
+            shape,
+            device.Wanted(
+                context_length=given.get("context_length"),
+                max_total_tokens=given.get("max_total_tokens"),
+                max_running_requests=given.get("max_running_requests"),
+                threads=int(threads) if threads and threads.isdigit() else None,
+            ),
+        )
+    except device.NotEnoughMemoryError as error:
+        raise LaunchError(str(error)) from error
+    os.environ["OMP_NUM_THREADS"] = str(choices["threads"].value)
+    for name, choice in choices.items():
+        if name != "threads" and name not in given:
+            added[name] = choice.value
+    return device.describe(choices, given, here)
+
+
+def _model_config(path: str) -> Mapping[str, Any]:
+    from transformers import PretrainedConfig
+
+    if os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") != 1:
+        if not Path(path).is_dir():
+            raise LaunchError(
+                f"--model-path {path} does not exist; expected a folder with config.json, tokenizer "
+                "and weights, or the name of a model on the Hugging Face hub. Leave it out to serve "
+                "the embedded default model"
+            )
+    try:
+        config, _ = PretrainedConfig.get_config_dict(path)
+    except (OSError, ValueError) as error:
+        raise LaunchError(
+            f"--model-path {path} has no readable config.json: {str(error).splitlines()[0]}. "
+            "Expected a folder with config.json, tokenizer and weights, or a model that can be "
+            "downloaded"
+        ) from error
+    if not config:
+        raise LaunchError(f"--model-path {path} has no config.json; expected a model's folder")
+    return config
+
+
+def _stored_bytes(path: str) -> int | None:
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+    for pattern in _WEIGHT_FILES:
+        sizes = [file.stat().st_size for file in folder.glob(pattern)]
+        if sizes:
+            return sum(sizes)
+    return None
+
+
+def _suit_sessions(
+    config: PluginConfig, given: Mapping[str, Any], added: dict[str, Setting], on_cpu: bool
+) -> None:
+    """Add what sessions and drafts need SGLang to be told.
+
+    Drafts are told here as well as in the algorithm's own hook, because SGLang sizes its memory
+    before it calls that.
+    """
+    added["radix_cache_backend"] = "cardinal"
+    if on_cpu and "disable_overlap_schedule" not in given:
+        added["disable_overlap_schedule"] = True
+    if config.draft == "off" or "speculative_algorithm" in given:
+        return
+    added["speculative_algorithm"] = "PROMPT_LOOKUP"
+    added["speculative_num_steps"] = config.max_draft
+    added["speculative_num_draft_tokens"] = config.max_draft + 1
+    added["speculative_eagle_topk"] = 1
+
+
+def _server_args(argv: list[str]) -> Any:
+    from sglang.srt.server_args import prepare_server_args
+
+    try:
+        server_args = prepare_server_args(argv)
+        server_args.resolve_once()
+    except (ValueError, AssertionError, NotImplementedError, OSError) as error:
+        reason = str(error) or f"{type(error).__name__} without a message"
+        raise LaunchError(f"SGLang refused these arguments: {reason}") from error
+    return server_args
+
+
+def _flags(settings: Mapping[str, Setting]) -> list[str]:
+    argv = []
+    for name, value in settings.items():
+        argv += [_flag(name)] if value is True else [_flag(name), str(value)]
+    return argv
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

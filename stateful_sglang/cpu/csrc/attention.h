@@ -1,0 +1,291 @@
+// Attention over a token-indexed KV pool: extend, decode and verify in one algorithm.
+//
+// A block of query rows (queries x heads of one group, so K and V are read once a group) meets the
+// keys in blocks of kKeys positions, aligned to position 0 (FlashAttention, Dao 2022; splitting the
+// keys over threads as in Flash-Decoding). Each block gives a partial result (maximum, sum, output),
+// and partials are merged in order of position. Whether one thread merges as it goes or many
+// threads leave partials for a second stage, the operations and their order are the same: a token's
+// output does not depend on the batch, the threads or how many tokens were verified beside it.
+#pragma once
+#include "abi.h"
+#include "plan.h"
+#include "team.h"
+#include "tile.h"
+
+namespace SG_ISA {
+
+constexpr int kKeys = kAttnKeys;
+
+SG_INLINE int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+template <class T>
+struct AttnScratch {
+  uint32_t *q, *k, *v, *p;
+  float *s, *o, *rows_o, *rows_ml;
+  // Returns the bytes needed; with a base, sets the pointers.
+  int64_t lay(const SgAttention& a, char* base) {
+    const int dw = words<T>(a.head_dim), dpad = round_up(a.head_dim, kPanel);
+    const int rows = plan_block_rows(a.q_heads / a.kv_heads);
+    char* at = base;
+    auto take = [&](int64_t bytes) { char* r = at; at += (bytes + 63) / 64 * 64; return r; };
+    q = (uint32_t*)take((int64_t)rows * dw * 4);
+    k = (uint32_t*)take((int64_t)kKeys * dw * 4);
+    v = (uint32_t*)take((int64_t)words<T>(kKeys) * dpad * 4);
+    p = (uint32_t*)take((int64_t)kTileRows * words<T>(kKeys) * 4);
+    s = (float*)take((int64_t)kTileRows * kKeys * 4);
+    o = (float*)take((int64_t)kTileRows * dpad * 4);
+    rows_o = (float*)take((int64_t)rows * dpad * 4);
+    rows_ml = (float*)take((int64_t)rows * 2 * 4);
+    return at - base;
+  }
+};
+
+// V rows of a block as panels [head_dim / 32][key words][32]; keys past n are zero.
+SG_INLINE void pack_values(const bf16* const* rows, int n, int n_pad, int dim, uint32_t* out) {
+  const int pairs = n_pad / 2;
+  for (int d0 = 0, panel = 0; d0 < dim; d0 += kPanel, panel++) {
+    const int width = dim - d0 < kPanel ? dim - d0 : kPanel;
+    for (int j = 0; j < pairs; j++) {
+      uint32_t* o = out + ((int64_t)panel * words<bf16>(kKeys) + j) * kPanel;
+      const bf16* lo = 2 * j < n ? rows[2 * j] + d0 : nullptr;
+      const bf16* hi = 2 * j + 1 < n ? rows[2 * j + 1] + d0 : nullptr;
+      for (int i = 0; i < kPanel; i += kLanes) {
+        if (i + kLanes <= width) {
+          vu w = lo ? widen(lo + i) : vu{};
+          if (hi) w |= widen(hi + i) << 16;
+          store_bits(o + i, w);
+        } else {
+          for (int l = i; l < i + kLanes; l++)
+            o[l] = l < width ? ((lo ? lo[l] : 0u) | (hi ? (uint32_t)hi[l] << 16 : 0u)) : 0u;
+        }
+      }
+    }
+  }
+}
+SG_INLINE void pack_values(const float* const* rows, int n, int n_pad, int dim, uint32_t* out) {
+  for (int d0 = 0, panel = 0; d0 < dim; d0 += kPanel, panel++) {
+    const int width = dim - d0 < kPanel ? dim - d0 : kPanel;
+    for (int j = 0; j < n_pad; j++) {
+      uint32_t* o = out + ((int64_t)panel * kKeys + j) * kPanel;
+      memset(o, 0, kPanel * 4);
+      if (j < n) memcpy(o, rows[j] + d0, width * 4);
+    }
+  }
+}
+
+// One row of a block: scores become probabilities p (zero outside [lo, hi)); gives (max, sum).
+template <class T>
+SG_INLINE void softmax_row(const SgAttention& a, float* s, int lo, int hi, int n, T* p,
+                           const uint8_t* allowed, int allowed_from, float* m_out, float* l_out) {
+  constexpr bool kExact = sizeof(T) == 4;
+  const float log2e = 1.44269504088896341f;
+  const float none = -__builtin_inff();
+  for (int i = 0; i < lo; i++) s[i] = none;
+  for (int i = hi > lo ? hi : lo; i < n; i++) s[i] = none;
+  if (allowed)
+    for (int i = allowed_from > lo ? allowed_from : lo; i < hi; i++)
+      if (!allowed[i - allowed_from]) s[i] = none;
+  vf factor = splat(a.scale * log2e);
+  if (a.logit_cap > 0) {
+    const vf in = splat(a.scale / a.logit_cap);
+    for (int i = 0; i < n; i += kLanes) {
+      vf x = load(s + i);
+      vf y = tanhv(x * in) * a.logit_cap;
+      store(s + i, x == splat(none) ? x : y);
+    }
+    factor = splat(log2e);
+  }
+  vf top = splat(none);
+  for (int i = 0; i < n; i += kLanes) top = vmax(top, load(s + i));
+  const float m = max_of(top) * factor[0];
+  if (m == none || m != m) {  // nothing allowed, or a NaN, which shows in the sum
+    for (int i = 0; i < n; i += kLanes) store(p + i, splat(m != m ? m : 0.0f));
+    *m_out = none;
+    *l_out = m != m ? m : 0.0f;
+    return;
+  }
+  vf total = vf{};
+  const vf vm = splat(m);
+  for (int i = 0; i < n; i += kLanes) {
+    vf x = load(s + i);
+    vf e = exp2v<kExact>(x * factor - vm);
+    total += e;
+    store(p + i, e);
+  }
+  *m_out = m;
+  *l_out = sum(total);
+}
+
+// Fold a later block's partial into a row's state; the first one is taken as it is.
+SG_INLINE void merge_row(float* o, float* ml, const float* bo, float bm, float bl, int dpad,
+                         bool first) {
+  if (first) {
+    memcpy(o, bo, dpad * 4);
+    ml[0] = bm;
+    ml[1] = bl;
+    return;
+  }
+  if (bm == -__builtin_inff() && bl == 0.0f) return;
+  const float m = ml[0] > bm ? ml[0] : bm;
+  const float x = exp2s(ml[0] - m), y = exp2s(bm - m);
+  for (int d = 0; d < dpad; d += kLanes) store(o + d, load(o + d) * x + load(bo + d) * y);
+  ml[0] = m;
+  ml[1] = ml[1] * x + bl * y;
+}
+
+template <class T>
+SG_INLINE void write_row(const SgAttention& a, const float* o, float l, int64_t token, int head) {
+  T* out = (T*)a.out + token * a.out_token + head * a.out_head;
+  const float inv = l == 0.0f ? 0.0f : 1.0f / l;
+  for (int d = 0; d < a.head_dim; d += kLanes)
+    store_upto(out + d, load(o + d) * inv, a.head_dim - d);
+}
+
+template <class T>
+static void attend_item(const SgAttention& a, const SgAttnItem& it, float* partials,
+                        AttnScratch<T>& sc) {
+  const int group = a.q_heads / a.kv_heads, dim = a.head_dim;
+  const int dw = words<T>(dim), dpad = round_up(dim, kPanel), panels = dpad / kPanel;
+  const int64_t first = a.q_starts[it.request];
+  const int n_new = (int)(a.q_starts[it.request + 1] - first);
+  const int64_t seq = a.seq_lens[it.request], prefix = seq - n_new;
+  const int rows = (it.q1 - it.q0) * group;
+  const int32_t* slots = a.req_to_token + a.req_index[it.request] * a.req_stride;
+  const uint8_t* mask = nullptr;
+  if (a.mask && a.mask_offsets[it.request] >= 0) mask = a.mask + a.mask_offsets[it.request];
+
+  for (int t = 0; t < rows; t += kTileRows) {
+    const int n = rows - t < kTileRows ? rows - t : kTileRows;
+    const uint32_t* src[16];
+    for (int r = 0; r < n; r++) {
+      const int64_t token = first + it.q0 + (t + r) / group;
+      src[r] = (const uint32_t*)((const T*)a.q + token * a.q_token +
+                                 (it.kv_head * group + (t + r) % group) * a.q_head);
+    }
+    pack_rows(src, n, dw, sc.q + (int64_t)t * dw);
+  }
+
+  for (int block = it.block0; block < it.block1; block++) {
+    const int64_t k0 = (int64_t)block * kKeys;
+    const int n_keys = (int)(seq - k0 < kKeys ? seq - k0 : kKeys);
+    const T *k_rows[kKeys], *v_rows[kKeys];
+    for (int j = 0; j < n_keys; j++) {
+      const int64_t slot = slots[k0 + j];
+      k_rows[j] = (const T*)a.k_pool + slot * a.k_slot + it.kv_head * a.k_head;
+      v_rows[j] = (const T*)a.v_pool + slot * a.v_slot + it.kv_head * a.v_head;
+    }
+    // The pool's rows lie a token apart: nothing the hardware prefetcher follows for long.
+    for (int j = 0; j < n_keys; j++)
+      for (int b = 0; b < dim * (int)sizeof(T); b += 64) {
+        __builtin_prefetch((const char*)k_rows[j] + b);
+        __builtin_prefetch((const char*)v_rows[j] + b, 0, 2);
+      }
+    for (int j = 0; j < n_keys; j += kPanel)
+      pack_panel((const uint32_t* const*)k_rows + j, n_keys - j < kPanel ? n_keys - j : kPanel, dw,
+                 sc.k + (int64_t)j * dw);
+    const int n_pad = round_up(n_keys, kPanel);
+    pack_values(v_rows, n_keys, n_pad, dim, sc.v);
+
+    float* part = partials + it.partial + (int64_t)(block - it.block0) * rows * (dpad + 2);
+    for (int t = 0; t < rows; t += kTileRows) {
+      const int n = rows - t < kTileRows ? rows - t : kTileRows;
+      // Keys this tile can see at all: up to its last query, or all where a mask decides.
+      const int64_t last = prefix + it.q0 + (t + n - 1) / group;
+      int64_t see = a.causal && !mask ? last + 1 - k0 : n_keys;
+      see = see < 0 ? 0 : see > n_keys ? n_keys : see;
+      const int used = round_up((int)see, kPanel);
+      for (int j = 0; j < used; j += kPanel)
+        tile_packed<T, false>(n, sc.q + (int64_t)t * dw, sc.k + (int64_t)j * dw, dw, sc.s + j,
+                              kKeys);
+      float m[kTileRows], l[kTileRows];
+      for (int r = 0; r < n; r++) {
+        const int qi = it.q0 + (t + r) / group;
+        const int64_t position = prefix + qi;
+        int64_t hi = a.causal && !mask ? position + 1 - k0 : n_keys;
+        int64_t lo = a.window < 0 ? 0 : position - a.window - k0;
+        hi = hi < 0 ? 0 : hi > n_keys ? n_keys : hi;
+        lo = lo < 0 ? 0 : lo > used ? used : lo;
+        T* p = (T*)(sc.p + r * words<T>(kKeys));
+        const uint8_t* allowed = mask ? mask + (int64_t)qi * n_new : nullptr;
+        int64_t from = prefix - k0;  // where the new rows begin, in this block's keys
+        if (allowed && from < 0) {
+          allowed -= from;
+          from = 0;
+        }
+        if (used > 0)
+          softmax_row<T>(a, sc.s + r * kKeys, (int)lo, (int)hi, used, p,
+                         from < n_keys ? allowed : nullptr, (int)from, &m[r], &l[r]);
+        else
+          m[r] = -__builtin_inff(), l[r] = 0.0f;
+      }
+      for (int d = 0; d < panels; d++)
+        tile_rows<T, kKeys / Words<T>::per>(n, sc.p,
+                                            sc.v + (int64_t)d * words<T>(kKeys) * kPanel,
+                                            words<T>(used), sc.o + d * kPanel, dpad);
+      for (int r = 0; r < n; r++) {
+        const float* bo = sc.o + r * dpad;
+        if (it.partial >= 0) {
+          float* dst = part + (int64_t)(t + r) * (dpad + 2);
+          memcpy(dst, bo, dpad * 4);
+          dst[dpad] = m[r];
+          dst[dpad + 1] = l[r];
+        } else {
+          merge_row(sc.rows_o + (int64_t)(t + r) * dpad, sc.rows_ml + 2 * (t + r), bo, m[r], l[r],
+                    dpad, block == it.block0);
+        }
+      }
+    }
+  }
+  if (it.partial < 0)
+    for (int r = 0; r < rows; r++)
+      write_row<T>(a, sc.rows_o + (int64_t)r * dpad, sc.rows_ml[2 * r + 1],
+                   first + it.q0 + r / group, it.kv_head * group + r % group);
+}
+
+// Put the partials of a split block together, rows shared among the team.
+template <class T>
+static void merge_stage(SgTeam& team, const SgAttention& a, const SgAttnPlan& plan,
+                        AttnScratch<T>& sc) {
+  const int group = a.q_heads / a.kv_heads, dpad = round_up(a.head_dim, kPanel);
+  int64_t index = 0;
+  for (int i = 0; i < plan.n_merges; i++) {
+    const SgAttnItem& it = plan.merges[i];
+    const int rows = (it.q1 - it.q0) * group;
+    for (int r = 0; r < rows; r++, index++) {
+      if (index % team.size != team.id) continue;
+      for (int b = 0; b < it.block1 - it.block0; b++) {
+        const float* p = plan.partials + it.partial + ((int64_t)b * rows + r) * (dpad + 2);
+        merge_row(sc.rows_o, sc.rows_ml, p, p[dpad], p[dpad + 1], dpad, b == 0);
+      }
+      write_row<T>(a, sc.rows_o, sc.rows_ml[1], a.q_starts[it.request] + it.q0 + r / group,
+                   it.kv_head * group + r % group);
+    }
+  }
+}
+
+template <class T>
+static void write_kv_stage(SgTeam& team, const SgAttention& a) {
+  for (int64_t t = team.id; t < a.tokens; t += team.size)
+    for (int h = 0; h < a.kv_heads; h++) {
+      memcpy((T*)a.k_pool + a.out_loc[t] * a.k_slot + h * a.k_head,
+             (const T*)a.k_new + t * a.kn_token + h * a.kn_head, a.head_dim * sizeof(T));
+      memcpy((T*)a.v_pool + a.out_loc[t] * a.v_slot + h * a.v_head,
+             (const T*)a.v_new + t * a.vn_token + h * a.vn_head, a.head_dim * sizeof(T));
+    }
+  team.barrier();
+}
+
+template <class T>
+static void attention_stage(SgTeam& team, const SgAttention& a, const SgAttnPlan& plan) {
+  AttnScratch<T> sc;
+  sc.lay(a, team.scratch);
+  int64_t* counter = team.open();
+  for (int64_t i; (i = team.take(counter)) < plan.n_items;)
+    attend_item<T>(a, plan.items[i], plan.partials, sc);
+  if (plan.n_merges > 0) {
+    team.barrier();
+    merge_stage<T>(team, a, plan, sc);
+  }
+}
+
+}  // namespace SG_ISA

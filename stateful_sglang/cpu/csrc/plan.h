@@ -1,0 +1,25 @@
+// How one attention call is cut into work items; the same for every layer of a forward pass.
+#pragma once
+#include <stdint.h>
+
+#include "abi.h"
+
+constexpr int kAttnKeys = 128;  // keys of one block
+
+// Queries q0..q1 of a request under one KV head, against key blocks block0..block1.
+struct SgAttnItem {
+  int32_t request, kv_head, q0, q1, block0, block1;
+  int64_t partial;  // first float of this item's partials; < 0: it sees all blocks and finishes
+};
+
+struct SgAttnPlan {
+  SgAttnItem* items;
+  int64_t n_items;
+  SgAttnItem* merges;  // items whose partials have to be put together
+  int32_t n_merges;
+  float* partials;
+};
+
+// Rows of a query block: enough to make packing a key block cheap, few enough to stay in L2.
+static inline int plan_block_queries(int group) { return group >= 96 ? 1 : 96 / group; }
+static inline int plan_block_rows(int group) { return plan_block_queries(group) * group; }
