@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .index import SuffixIndex
 from .select import VerifyCost, WidthPolicy
 
@@ -34,6 +37,12 @@ class Drafter:
             self._policy.observe(length, offered, list(tokens[: len(offered) + 1]))
             self._offer = None
         self._index.extend(tokens)
+
+    def common_prefix(self, tokens: NDArray[np.int64]) -> int:
+        """How many tokens of the transcript `tokens` begins with."""
+        held = np.frombuffer(self._index.tokens(0, len(tokens)), dtype=np.intc)
+        differs = np.flatnonzero(held != tokens[: len(held)])
+        return int(differs[0]) if len(differs) else len(held)
 
     def truncate(self, length: int) -> None:
         """The transcript was cut to `length` tokens; does nothing if it is not longer."""

@@ -1,0 +1,97 @@
+"""One drafter a session, kept between turns; one a request otherwise, gone with it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stateful_sglang.draft.index import SuffixIndex
+from stateful_sglang.draft.indexes import ABSENCE_STEPS, DraftIndexes
+from stateful_sglang.draft.select import VerifyCost
+
+FREE = VerifyCost(0.0, 0.0)
+
+
+class Turn(NamedTuple):
+    session_id: str
+
+
+def indexes(max_bytes: int = 1 << 30) -> DraftIndexes:
+    """Request ids are "<session>/<turn>", or have no slash where there is no session."""
+    found = DraftIndexes(8, FREE, max_bytes)
+    found.bind_sessions(lambda rid: Turn(rid.split("/")[0]) if "/" in rid else None)
+    return found
+
+
+def test_a_session_drafts_in_its_second_turn_what_it_generated_in_its_first() -> None:
+    held = indexes()
+    held.drafter("s/1", [1, 2, 3], [4, 5, 6, 7])
+    drafter = held.drafter("s/2", [1, 2, 3, 4, 5, 6, 7, 9], [4])
+    assert drafter.draft(3) == [5, 6, 7]
+
+
+def test_an_aborted_turn_leaves_nothing_behind() -> None:
+    held = indexes()
+    held.drafter("s/1", [1, 2], [3])
+    held.drafter("s/2", [1, 2, 3, 8], [50, 51, 52])
+    drafter = held.drafter("s/3", [1, 2, 3, 9], [50])
+    assert drafter.draft(8) == []
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 3), max_size=9), st.booleans()), max_size=8))
+@settings(max_examples=200, deadline=None)
+def test_a_session_matches_like_an_index_built_anew(turns: list[tuple[list[int], bool]]) -> None:
+    held = indexes()
+    transcript: list[int] = [0]
+    for number, (delta, committed) in enumerate(turns):
+        prompt, output = [*transcript, *delta], [1, 2, *delta[:2]]
+        for step in range(len(output) + 1):
+            drafter = held.drafter(f"s/{number}", prompt, output[:step])
+            assert drafter._index.match() == SuffixIndex(prompt + output[:step]).match()
+        if committed:
+            transcript = prompt + output[:-1]
+
+
+def test_a_request_without_a_session_is_forgotten_with_its_finish() -> None:
+    held = indexes()
+    held.drafter("r", [1, 2], [3])
+    assert len(held) == 1
+    held.forget("r")
+    assert len(held) == 0
+
+
+def test_a_request_that_vanished_without_notice_is_forgotten_after_a_while() -> None:
+    held = indexes()
+    held.drafter("gone", [1], [])
+    held.drafter("s/1", [1], [])
+    for _ in range(ABSENCE_STEPS + 1):
+        held.drafter("here", [1], [])
+        held.end_step(["here"])
+    assert len(held) == 2
+    held.drafter("s/2", [1], [])
+    assert len(held) == 2
+
+
+def test_memory_stays_within_its_bound_by_dropping_the_idle_session_unused_longest() -> None:
+    tokens = list(range(200))
+    held = indexes(max_bytes=int(2.5 * SuffixIndex(tokens).nbytes))
+    for name in "abc":
+        held.drafter(f"{name}/1", tokens, [])
+    assert len(held) == 3, "sessions in flight are not dropped"
+    for name in "abc":
+        held.forget(f"{name}/1")
+    held.drafter("c/2", tokens, [])
+    assert len(held) == 2
+    assert held.drafter("b/2", [*tokens, 7], []).draft(2) == [8, 9]
+    assert len(held) == 2
+    assert held.drafter("a/2", [*tokens, 7], []).draft(2) == [8, 9]
+
+
+def test_a_closed_session_is_forgotten_even_in_mid_turn() -> None:
+    held = indexes()
+    held.drafter("s/1", [1, 2], [])
+    held.close("s")
+    assert len(held) == 0
+    assert held.nbytes == 0
