@@ -37,7 +37,7 @@ def _attach(config: PluginConfig) -> None:
     from stateful_sglang.prefix import tree
     from stateful_sglang.runtime import draft_spec, scheduler
 
-    tree.register()
+    tree.register(config.pin_budget)
     if config.draft != "off":
         draft_spec.register()
     scheduler.attach()

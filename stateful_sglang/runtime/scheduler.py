@@ -127,8 +127,7 @@ def ended_well(req: Req) -> bool:
 
 def delivered_output(req: Req) -> list[int]:
     """Output tokens cut at what the client was given: speculation can overshoot the stop."""
-    length = len(req.output_ids) if req.finished_len is None else req.finished_len
-    return list(req.output_ids[:length])
+    return list(req.output_ids_through_stop)
 
 
 def attach() -> None:

@@ -59,9 +59,7 @@ class RankSessions:
     def __contains__(self, session_id: object) -> bool:
         return session_id in self._tokens
 
-    def begin_turn(
-        self, session_id: str, rid: str, base_len: int, delta: array[int]
-    ) -> array[int]:
+    def begin_turn(self, session_id: str, rid: str, base_len: int, delta: array[int]) -> array[int]:
         """Start a turn and return the whole prompt, typecode 'q', as a copy.
 
         Args:
