@@ -33,6 +33,8 @@ class Prepared(NamedTuple):
     """Schemas were defined because torchvision's own ops cannot be loaded."""
     standin_kernel: bool
     """``sgl_kernel`` is our stand-in."""
+    standin_triton: bool = False
+    """``triton`` is our stand-in."""
 
 
 @functools.cache
@@ -53,7 +55,10 @@ def prepare() -> Prepared:
         )
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     return Prepared(
-        cpu_engine=True, torchvision_schemas=schemas, standin_kernel=_install_standin_kernel()
+        cpu_engine=True,
+        torchvision_schemas=schemas,
+        standin_kernel=_install_standin_kernel(),
+        standin_triton=_install_standin_triton(),
     )
 
 
@@ -79,6 +84,17 @@ def _install_standin_kernel() -> bool:
         return False
     # Submodules (sgl_kernel.speculative) are then found through the package's __path__.
     sys.modules["sgl_kernel"] = importlib.import_module("stateful_sglang.cpu.standin.sgl_kernel")
+    return True
+
+
+def _install_standin_triton() -> bool:
+    if "triton" in sys.modules:
+        return bool(getattr(sys.modules["triton"], "IS_STANDIN", False))
+    if importlib.util.find_spec("triton") is not None:
+        return False
+    from stateful_sglang.cpu.standin import triton
+
+    triton.install()
     return True
 
 
