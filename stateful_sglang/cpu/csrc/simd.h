@@ -114,9 +114,9 @@ template <class T>
 SG_INLINE int words(int n) { return (n + Words<T>::per - 1) / Words<T>::per; }
 
 // acc + a . b over the words' elements.
-template <class T> SG_INLINE vf dot(vf acc, vu a, vu b);
-template <> SG_INLINE vf dot<float>(vf acc, vu a, vu b) { return acc + (vf)a * (vf)b; }
-template <> SG_INLINE vf dot<bf16>(vf acc, vu a, vu b) {
+template <class T> inline __attribute__((always_inline)) vf dot(vf acc, vu a, vu b);
+template <> inline __attribute__((always_inline)) vf dot<float>(vf acc, vu a, vu b) { return acc + (vf)a * (vf)b; }
+template <> inline __attribute__((always_inline)) vf dot<bf16>(vf acc, vu a, vu b) {
 #if defined(__AVX512BF16__)
   return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 #else
@@ -129,7 +129,8 @@ template <> SG_INLINE vf dot<bf16>(vf acc, vu a, vu b) {
 // errors 2.8e-6 (for bf16 results) and 2e-9.
 template <bool kExact>
 SG_INLINE vf exp2v(vf x) {
-  x = vmax(vmin(x, splat(128.0f)), splat(-200.0f));
+  x = x > 128.0f ? splat(128.0f) : x;  // written so that NaN stays NaN
+  x = x < -200.0f ? splat(-200.0f) : x;
 #if defined(__AVX512F__)
   vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else

@@ -9,6 +9,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// Inlined everywhere, so that no copy of one instruction set is left for another to call.
+#define SG_TEAM inline __attribute__((always_inline))
+
 struct SgShared {
   alignas(64) int32_t arrived;
   alignas(64) int32_t phase;
@@ -24,7 +27,7 @@ struct SgTeam {
   int32_t phase = 0;
 
   // Wait for everybody. Spins first: stages are microseconds long; yields when a peer was descheduled.
-  inline void barrier() {
+  SG_TEAM void barrier() {
     if (size == 1) return;
     phase += 1;
     if (__atomic_add_fetch(&shared->arrived, 1, __ATOMIC_ACQ_REL) == size) {
@@ -43,8 +46,8 @@ struct SgTeam {
   }
 
   // A counter that all members reach in the same order; take() hands out 0, 1, 2, ... once each.
-  inline int64_t* open() { return &shared->counters[stage++]; }
-  inline int64_t take(int64_t* counter) const {
+  SG_TEAM int64_t* open() { return &shared->counters[stage++]; }
+  SG_TEAM int64_t take(int64_t* counter) const {
     return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
   }
 };
