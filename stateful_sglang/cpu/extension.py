@@ -1,6 +1,6 @@
 """The C++ kernels: compiled once with the system's compiler, cached, loaded, and told what to run.
 
-The sources in `csrc/` have a C interface and need neither torch's nor Python's headers, so the build
+The sources in `csrc/` have a C interface and need neither torch nor Python headers, so the build
 takes seconds and depends on the compiler alone. The library holds one copy of the kernels for each
 instruction set; `load` picks the best that this machine has.
 
