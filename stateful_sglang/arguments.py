@@ -96,8 +96,8 @@ def _check_modes(given: Mapping[str, Any], config: PluginConfig) -> None:
     for name in _OTHER_SERVERS:
         if given.get(name):
             raise LaunchError(
-                f"{_flag(name)} starts another kind of server; this launcher starts SGLang's Python "
-                "HTTP server. Use python -m sglang.launch_server for it"
+                f"{_flag(name)} starts another kind of server; this launcher starts SGLang's "
+                "Python HTTP server. Use python -m sglang.launch_server for it"
             )
     if not config.stateful:
         return
@@ -166,13 +166,13 @@ def _suit_cpu(given: Mapping[str, Any], added: dict[str, Setting]) -> str:
 def _model_config(path: str) -> Mapping[str, Any]:
     from transformers import PretrainedConfig
 
-    if os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") != 1:
-        if not Path(path).is_dir():
-            raise LaunchError(
-                f"--model-path {path} does not exist; expected a folder with config.json, tokenizer "
-                "and weights, or the name of a model on the Hugging Face hub. Leave it out to serve "
-                "the embedded default model"
-            )
+    is_local = os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") != 1
+    if is_local and not Path(path).is_dir():
+        raise LaunchError(
+            f"--model-path {path} does not exist; expected a folder with config.json, tokenizer "
+            "and weights, or the name of a model on the Hugging Face hub. Leave it out to serve "
+            "the embedded default model"
+        )
     try:
         config, _ = PretrainedConfig.get_config_dict(path)
     except (OSError, ValueError) as error:

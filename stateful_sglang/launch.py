@@ -134,8 +134,8 @@ def require_sglang() -> None:
             "SGLang is not installed" if installed is None else f"SGLang {installed} is installed"
         )
         raise LaunchError(
-            f"{found}; stateful_sglang works with exactly {SGLANG_VERSION}. Run scripts/install, or "
-            f"pip install sglang=={SGLANG_VERSION}"
+            f"{found}; stateful_sglang works with exactly {SGLANG_VERSION}. Run scripts/install, "
+            f"or pip install sglang=={SGLANG_VERSION}"
         )
 
 

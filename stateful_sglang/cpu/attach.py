@@ -2,10 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from stateful_sglang.cpu import platform
 from stateful_sglang.runtime.attachments import Attachment
 
-ATTACHMENTS: tuple[Attachment, ...] = ()
+_LAYERS = "sglang.srt.layers"
+
+ATTACHMENTS: tuple[Attachment, ...] = (
+    Attachment(
+        f"{_LAYERS}.attention.attention_registry.create_torch_native_backend",
+        "registry",
+        "on a CPU the registry entry torch_native makes our backend, whose work is in proportion "
+        "to new tokens; its name tells SGLang not to use Triton",
+    ),
+    Attachment(
+        f"{_LAYERS}.attention.torch_native_backend.TorchNativeAttnBackend",
+        "subclass",
+        "our backend leaves cross-attention to it",
+    ),
+    Attachment(
+        "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.set_kv_buffer",
+        "subclass",
+        "our backend writes new keys and values itself where this would be a plain copy",
+    ),
+    Attachment(
+        "sglang.srt.utils.common.support_triton",
+        "registry",
+        "the name torch_native is what keeps Triton kernels off the CPU",
+    ),
+)
 
 
 def attach() -> None:
     """Make SGLang's CPU device use our engine; nothing happens where it runs on an accelerator."""
+    if platform.has_accelerator():
+        return
+    from sglang.srt.layers.attention import attention_registry
+
+    attention_registry.ATTENTION_BACKENDS["torch_native"] = _create_backend
+
+
+def _create_backend(runner: Any) -> Any:
+    from sglang.srt.layers.attention.attention_registry import create_torch_native_backend
+
+    if runner.device != "cpu":
+        return create_torch_native_backend(runner)
+    from stateful_sglang.cpu.attention import CpuAttentionBackend
+
+    return CpuAttentionBackend(runner)

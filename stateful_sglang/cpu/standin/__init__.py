@@ -1,1 +1,1 @@
-"""Stand-ins for packages that exist as CUDA builds only; installed by `stateful_sglang.cpu.platform`."""
+"""Stand-ins for packages that exist for GPUs only; installed by `cpu.platform`."""

@@ -1,6 +1,7 @@
 """Ops on the request table and the KV pool, as SGLang's CPU paths call them.
 
-Contracts are those of the Triton kernels in SGLang's ``kernels/ops`` and ``mem_cache/allocation.py``.
+Contracts are those of the Triton kernels in SGLang's ``kernels/ops`` and
+``mem_cache/allocation.py``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Ops on draft trees, as SGLang's CPU paths call them.
 
-Semantics are those of SGLang's CUDA kernels (``eagle.cuh``, ``ngram.cuh``). Trees have at most a few
-dozen nodes, so host lists beat tensor expressions.
+Semantics are those of SGLang's CUDA kernels (``eagle.cuh``, ``ngram.cuh``). Trees have at most a
+few dozen nodes, so host lists beat tensor expressions.
 """
 
 from __future__ import annotations
