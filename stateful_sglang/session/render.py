@@ -19,7 +19,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stateful_sglang.session.conversation import (
     RAW_SHAPE,
@@ -139,6 +139,8 @@ class DeltaRenderer:
         if not before or not kind.startswith("assistant"):
             return None
         answer = stand_in(kind, _ANSWER)
+        if not self._template.knows_tool_messages:
+            answer = replace(answer, tool_calls=())  # there a call is text like any other
         full = self._render(head, [*stand_ins(before), answer, *new])
         prompt = self._prompt(head, before)
         if not full.startswith(prompt):
@@ -146,12 +148,15 @@ class DeltaRenderer:
             prompt = self._prompt(head, before, refresh=True)
             if not full.startswith(prompt):
                 return None
-        native_call = answer.tool_calls and self._template.knows_tool_messages
-        word = PROBE_NAME if native_call else answer.content
+        said = full.find(answer.content, len(prompt))
+        if said >= 0 and full[len(prompt) : said].strip():
+            return None  # the template put words before the answer that the prompt lacks
+        # Templates write calls in ways of their own: their end is the next end token.
+        word = PROBE_NAME if answer.tool_calls else answer.content
         at = full.find(word, len(prompt))
-        if at < 0 or (not native_call and full[len(prompt) : at].strip()):
+        if at < 0:
             return None
-        return self._ending_from(full, at + len(word), immediate=not native_call)
+        return self._ending_from(full, at + len(word), immediate=not answer.tool_calls)
 
     def _ending_from(self, full: str, start: int, *, immediate: bool) -> _Ending | None:
         """The first end token at or after `start`; with `immediate`, behind whitespace at most."""

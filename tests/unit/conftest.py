@@ -1,0 +1,32 @@
+"""What the unit tests share: the default model's real tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the default model's tokenizer, from the model cache or fresh from its GGUF."""
+    from stateful_sglang import model
+    from stateful_sglang.cpu.platform import prepare
+
+    prepare()
+    if model.check().problem is None:
+        return model.model_path()
+    from stateful_sglang.convert import save_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(model.find_gguf(), folder, 8192)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm_tokenizer(tokenizer_dir: Path) -> Any:
+    """SmolLM2's tokenizer with its own chat template."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
