@@ -1,0 +1,169 @@
+"""Requests of token ids to any engine's HTTP server, and when their tokens came back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import httpx
+
+from bench.stats import Arrival, joint_rate
+
+TIMEOUT_S = 600.0
+
+
+class RequestError(RuntimeError):
+    """An engine refused a request or broke it off."""
+
+
+class Dialect(Protocol):
+    """How an engine is asked for a greedy continuation that ignores end tokens."""
+
+    path: str
+
+    def body(self, prompt: Sequence[int], max_tokens: int, slot: int) -> dict[str, Any]:
+        """The JSON of a streaming request; `slot` numbers requests that run at once."""
+
+    def tokens(self, event: dict[str, Any], before: int) -> int:
+        """Tokens generated so far by a streamed event, when it was `before` without it."""
+
+
+class SGLangDialect:
+    """SGLang's native route."""
+
+    path = "/generate"
+
+    def body(self, prompt: Sequence[int], max_tokens: int, slot: int) -> dict[str, Any]:
+        """See `Dialect`."""
+        return {
+            "input_ids": list(prompt),
+            "sampling_params": {
+                "temperature": 0,
+                "max_new_tokens": max_tokens,
+                "ignore_eos": True,
+            },
+            "stream": True,
+        }
+
+    def tokens(self, event: dict[str, Any], before: int) -> int:
+        """See `Dialect`."""
+        return int(event["meta_info"]["completion_tokens"])
+
+
+class OpenAIDialect:
+    """The completions route of vLLM, which takes token ids and counts tokens in every event."""
+
+    path = "/v1/completions"
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+
+    def body(self, prompt: Sequence[int], max_tokens: int, slot: int) -> dict[str, Any]:
+        """See `Dialect`."""
+        return {
+            "model": self.model,
+            "prompt": list(prompt),
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+
+    def tokens(self, event: dict[str, Any], before: int) -> int:
+        """See `Dialect`."""
+        usage = event.get("usage")
+        return int(usage["completion_tokens"]) if usage else before
+
+
+class LlamaCppDialect:
+    """llama.cpp's native route. A slot keeps its last prompt's KV, so slots are named."""
+
+    path = "/completion"
+
+    def body(self, prompt: Sequence[int], max_tokens: int, slot: int) -> dict[str, Any]:
+        """See `Dialect`."""
+        return {
+            "prompt": list(prompt),
+            "n_predict": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": True,
+            "id_slot": slot,
+            "return_tokens": True,
+            "stream": True,
+        }
+
+    def tokens(self, event: dict[str, Any], before: int) -> int:
+        """See `Dialect`."""
+        if event.get("stop"):
+            return int(event.get("tokens_predicted", before))
+        return before + len(event.get("tokens", ()))
+
+
+class Stream:
+    """One finished request."""
+
+    def __init__(self, began: float, arrivals: list[Arrival]) -> None:
+        self.began = began
+        self.arrivals = arrivals
+
+    @property
+    def first_s(self) -> float:
+        """Seconds from sending the request to its first token."""
+        return self.arrivals[0].at - self.began
+
+
+class Load:
+    """A client of one server."""
+
+    def __init__(self, url: str, dialect: Dialect) -> None:
+        self._url = url
+        self._dialect = dialect
+
+    def first_token_s(self, prompt: Sequence[int], slot: int = 0) -> float:
+        """Seconds to the first token of a prompt; it is in the prefix cache afterwards."""
+        return self._run([(prompt, slot)], 1)[0].first_s
+
+    def decode_rate(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
+        """Tokens a second of one stream a prompt, all at once; see `joint_rate`."""
+        streams = self._run([(prompt, slot) for slot, prompt in enumerate(prompts)], tokens)
+        return joint_rate([stream.arrivals for stream in streams])
+
+    def _run(self, requests: Sequence[tuple[Sequence[int], int]], tokens: int) -> list[Stream]:
+        async def gather() -> list[Stream]:
+            async with httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT_S) as client:
+                bodies = [self._dialect.body(p, tokens, slot) for p, slot in requests]
+                return await asyncio.gather(*(self._stream(client, body) for body in bodies))
+
+        return asyncio.run(gather())
+
+    async def _stream(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Stream:
+        content = json.dumps(body).encode()
+        headers = {"content-type": "application/json"}
+        arrivals: list[Arrival] = []
+        count = 0
+        began = time.perf_counter()
+        async with client.stream(
+            "POST", self._dialect.path, content=content, headers=headers
+        ) as reply:
+            if reply.status_code != httpx.codes.OK:
+                text = (await reply.aread()).decode(errors="replace")
+                raise RequestError(f"{reply.status_code} from {self._dialect.path}: {text[:500]}")
+            async for line in reply.aiter_lines():
+                if not line.startswith("data:") or line.endswith("[DONE]"):
+                    continue
+                at = time.perf_counter()
+                event = json.loads(line.removeprefix("data:"))
+                if "error" in event:
+                    raise RequestError(f"{self._dialect.path}: {event['error']}")
+                now = self._dialect.tokens(event, count)
+                if now > count:
+                    arrivals.append(Arrival(at, now))
+                    count = now
+        if not arrivals:
+            raise RequestError(f"{self._dialect.path} sent no token")
+        return Stream(began, arrivals)

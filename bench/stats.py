@@ -1,0 +1,73 @@
+"""Medians and spreads of repeated measurements."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+
+class Summary(NamedTuple):
+    """Some measurements of one thing."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+
+def summarise(values: Sequence[float]) -> Summary:
+    """Median, extremes and number.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if not values:
+        raise ValueError("no measurements to summarise; expected at least one")
+    return Summary(statistics.median(values), min(values), max(values), len(values))
+
+
+def paired_ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Summary | None:
+    """Ours over theirs in the rounds that have both; None where no round has.
+
+    Ratios are taken within a round, because the machine's speed drifts between rounds.
+    """
+    ratios = [value / theirs[number] for number, value in ours.items() if number in theirs]
+    return summarise(ratios) if ratios else None
+
+
+class Arrival(NamedTuple):
+    """Something a stream sent."""
+
+    at: float
+    """Seconds on a monotonic clock."""
+    tokens: int
+    """Tokens generated so far."""
+
+
+def joint_rate(streams: Sequence[Sequence[Arrival]]) -> float:
+    """Tokens a second of all streams together while all of them decode.
+
+    The window is from the last stream's first token to the first stream's end. Counts at its ends
+    are interpolated between arrivals: a step's tokens arrive one stream after another.
+
+    Raises:
+        ValueError: There is no such window.
+    """
+    begin = max(stream[0].at for stream in streams)
+    end = min(stream[-1].at for stream in streams)
+    if end <= begin:
+        raise ValueError(
+            "the streams never decoded all at once: a stream ended before the last one began; "
+            "expected more tokens a stream or a shorter wait for the first"
+        )
+    return sum(_count(s, end) - _count(s, begin) for s in streams) / (end - begin)
+
+
+def _count(stream: Sequence[Arrival], at: float) -> float:
+    for before, after in itertools.pairwise(stream):
+        if before.at <= at <= after.at and after.at > before.at:
+            share = (at - before.at) / (after.at - before.at)
+            return before.tokens + share * (after.tokens - before.tokens)
+    return stream[0].tokens if at <= stream[0].at else stream[-1].tokens
