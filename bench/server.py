@@ -43,20 +43,34 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@contextlib.contextmanager
-def serve(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Server]:
+def serve(
+    *arguments: str, env: dict[str, str] | None = None
+) -> contextlib.AbstractContextManager[Server]:
     """Run ``python -m stateful_sglang.launch`` with ``arguments`` while the context lasts.
+
+    Raises:
+        ServerDiedError: It did not become healthy.
+    """
+    return serve_command(sys.executable, "-m", "stateful_sglang.launch", *arguments, env=env)
+
+
+@contextlib.contextmanager
+def serve_command(*command: str, env: dict[str, str] | None = None) -> Iterator[Server]:
+    """Run a server while the context lasts: one that takes ``--port`` and answers ``/health``.
+
+    Args:
+        command: Without its port, which is chosen here.
+        env: Added to this process's environment.
 
     Raises:
         ServerDiedError: It did not become healthy.
     """
     port = free_port()
     log = Path(tempfile.mkstemp(prefix="stateful-sglang-", suffix=".log")[1])
-    command = [sys.executable, "-m", "stateful_sglang.launch", "--port", str(port), *arguments]
     began = time.monotonic()
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            command,
+            [*command, "--port", str(port)],
             stdout=sink,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
