@@ -254,9 +254,10 @@ class CardinalPrefixTree(UnifiedRadixCache):
             return
         committed = len(req.origin_input_ids) + len(req.output_ids_through_stop)
         # A hybrid's recurrent state stands for exactly up_to tokens: there only the leaf is cut.
-        full_only = len(self._components_tuple) == 1
+        if len(self._components_tuple) == 1:
+            up_to = min(up_to, max(committed, req.kv.cache_protected_len))
         self._first_insert = None
-        super().insert_req(req, up_to=min(up_to, committed) if full_only else up_to, **kwargs)
+        super().insert_req(req, up_to=up_to, **kwargs)
         if self._first_insert is None:
             return
         leaf_id, end = self._first_insert
