@@ -79,8 +79,8 @@ class SuffixIndex:
         states = (self._len, self._link, self._token, self._next, self._recent, self._clone_of)
         flat = (self._tokens, self._state_at, self._old_ends, *states)
         arrays = sum(len(a) * a.itemsize for a in flat)
-        # Apart from the root's, the dict of a branching state rarely outgrows the smallest table, and
-        # walking all of them would make reading this figure O(n).
+        # Apart from the root's, the dict of a branching state rarely outgrows the smallest table,
+        # and walking all of them would make reading this figure O(n).
         root = sys.getsizeof(self._more.get(_ROOT))
         return arrays + sys.getsizeof(self._more) + root + 296 * len(self._more)
 

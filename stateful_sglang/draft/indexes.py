@@ -39,8 +39,8 @@ class _Entry(NamedTuple):
 class DraftIndexes:
     """Drafters by session id, or by request id where no session is known.
 
-    Beyond `max_bytes` the idle sessions that drafted longest ago are dropped, to be built again from
-    the prompt should they come back.
+    Beyond `max_bytes` the idle sessions that drafted longest ago are dropped, to be built again
+    from the prompt should they come back.
     """
 
     def __init__(
