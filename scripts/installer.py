@@ -1,7 +1,7 @@
 """Sets up a virtual environment that serves; standard library only. Started by `scripts/install`.
 
 The work is a list of stages. Each one's stamp is written when it is through, with a digest of all
-that went into it and into the stages before, so a second run does what is left to do or has changed.
+that went into it and into the stages before: a second run does what is left to do or has changed.
 """
 
 from __future__ import annotations
@@ -23,26 +23,15 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from torch_choice import (  # noqa: E402
+    PYTORCH_CPU_INDEX,
+    REQUIREMENTS,
+    InstallError,
+    choose_cpu_torch,
+    detect_profile,
+)
+
 from stateful_sglang import SGLANG_VERSION  # noqa: E402
-
-REQUIREMENTS = ROOT / "stateful_sglang" / "requirements"
-PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-"""Where the PyTorch project documents its CPU builds."""
-ACCELERATOR_PACKAGES = ("nvidia-", "cuda-", "triton")
-
-
-class InstallError(Exception):
-    """A stage failed; the message is for a person."""
-
-
-class TorchChoice(NamedTuple):
-    """Which torch to install."""
-
-    requirement: str
-    index: str | None
-    """An index to ask beside those of the user's pip."""
-    note: str | None
-    """What a person should know about the choice."""
 
 
 class Stage(NamedTuple):
@@ -52,47 +41,6 @@ class Stage(NamedTuple):
     inputs: str
     """All that decides its outcome."""
     run: Callable[[], None]
-
-
-def pinned(file: str) -> str:
-    """The single requirement in a requirements file."""
-    lines = (REQUIREMENTS / file).read_text().splitlines()
-    (line,) = [line for line in lines if line and not line.startswith("#")]
-    return line
-
-
-def detect_profile() -> str:
-    """`cuda` where an NVIDIA driver lists a GPU, else `cpu`."""
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
-        return "cpu"
-    try:
-        listed = subprocess.run([smi, "-L"], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return "cpu"
-    return "cuda" if listed.returncode == 0 and "GPU" in listed.stdout else "cpu"
-
-
-def choose_cpu_torch(resolve: Callable[..., list[str] | None], index: str | None) -> TorchChoice:
-    """The torch for a machine without a GPU: a CPU build wherever one can be found.
-
-    `resolve(requirement, index=..., deps=...)` gives the names that pip would install, or None.
-    """
-    base = pinned("torch.txt")
-    cpu_build = f"{base}+cpu"
-    for extra in (index, None) if index else (None, PYTORCH_CPU_INDEX):
-        if resolve(cpu_build, index=extra, deps=False) is not None:
-            return TorchChoice(cpu_build, extra, None)
-    names = resolve(base, index=index, deps=True)
-    if names is None:
-        raise InstallError(f"no {base} was found on any index that pip is set up for")
-    if any(name.startswith(ACCELERATOR_PACKAGES) for name in names):
-        note = (
-            f"no CPU build of {base} was found, only the CUDA build: going on with that "
-            "(several GB more). --torch-index-url names an index with a CPU build."
-        )
-        return TorchChoice(base, index, note)
-    return TorchChoice(base, index, None)
 
 
 class Environment:
@@ -142,7 +90,8 @@ class Environment:
                     progress(line.strip())
         if child.returncode:
             raise InstallError(
-                "\n".join(tail) + f"\n(status {child.returncode}; the whole output is in {self.log})"
+                "\n".join(tail)
+                + f"\n(status {child.returncode}; the whole output is in {self.log})"
             )
 
     def pip(self, *arguments: str | Path, progress: Callable[[str], None]) -> None:
@@ -187,14 +136,10 @@ def stages(
     def read(*files: str) -> str:
         return "\n".join((REQUIREMENTS / file).read_text() for file in files)
 
-    def choice() -> TorchChoice:
+    def cpu_torch() -> None:
         chosen = choose_cpu_torch(env.resolve, args.torch_index_url)
         if chosen.note:
             print(f"    {chosen.note}", flush=True)
-        return chosen
-
-    def cpu_torch() -> None:
-        chosen = choice()
         extra = ["--extra-index-url", chosen.index] if chosen.index else []
         env.pip(*extra, chosen.requirement, progress=progress)
 
@@ -272,7 +217,9 @@ def create_venv(env: Environment) -> None:
         ) from error
 
 
-def finish(env: Environment, progress: Callable[[str], None], say: Callable[[str], None]) -> int:
+def finish(
+    env: Environment, profile: str, progress: Callable[[str], None], say: Callable[[str], None]
+) -> int:
     """Build what is built once (kernels, model), and let the doctor judge."""
     if (ROOT / "stateful_sglang/cpu/extension.py").is_file():
         say("[+] CPU kernels ...")
@@ -280,7 +227,9 @@ def finish(env: Environment, progress: Callable[[str], None], say: Callable[[str
         try:
             env.run([env.python, "-c", build], progress)
         except InstallError as error:
-            say(f"    not built, serving works without them, slower: {str(error).splitlines()[-2:]}")
+            say(
+                f"    not built, serving works without them, slower: {str(error).splitlines()[-2:]}"
+            )
     say("[+] default model ...")
     env.run([env.python, "-m", "stateful_sglang.cli", "model", "ensure"], progress)
     say("")
@@ -337,7 +286,7 @@ def main() -> int:
             for name in env.sweep_half_installed():
                 say(f"    removed {name}, left by an interrupted installation")
             run_stages(stages(env, args, profile, progress), env, say)
-            status = finish(env, progress, say)
+            status = finish(env, profile, progress, say)
     except InstallError as error:
         print(f"\nscripts/install: {error}", file=sys.stderr)
         return 1

@@ -51,9 +51,8 @@ class CacheState(NamedTuple):
 
 def cache_root(cache_dir: Path | None = None) -> Path:
     """The folder of everything we cache: `cache_dir`, $STATEFUL_SGLANG_CACHE, or the XDG place."""
-    if cache_dir is not None:
-        return cache_dir.expanduser().absolute()
-    if override := os.environ.get(CACHE_ENV):
+    override = cache_dir or os.environ.get(CACHE_ENV)
+    if override:
         return Path(override).expanduser().absolute()
     xdg = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(xdg) / "stateful_sglang"
@@ -124,8 +123,10 @@ def ensure_default_model(
     return state.path
 
 
-def find_gguf() -> Path:
+def find_gguf(*, hashes: bool = True) -> Path:
     """The GGUF file inside the installed package, found without importing the package.
+
+    With `hashes`, its contents are compared with what the package's own record says.
 
     Raises:
         ModelError: the package or its file is missing, or damaged.
@@ -142,7 +143,7 @@ def find_gguf() -> Path:
             path = Path(str(file.locate()))
             if not path.is_file():
                 raise ModelError(f"{path} is missing from the installed {PACKAGE}: {remedy}")
-            if file.hash is not None and _record_hash(path) != file.hash.value:
+            if hashes and file.hash is not None and _record_hash(path) != file.hash.value:
                 raise ModelError(f"{path} differs from what {PACKAGE} installed: {remedy}")
             return path
     raise ModelError(f"the installed {PACKAGE} holds no .gguf file: {remedy}")

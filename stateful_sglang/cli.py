@@ -1,0 +1,122 @@
+"""The command `stateful-sglang`. Each subcommand imports what it needs, so that help is instant and
+the doctor can tell what is broken."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="stateful-sglang",
+    help="Conversations that live on the server: SGLang in which a turn costs what is new.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+CacheDir = Annotated[
+    Path | None,
+    typer.Option("--cache-dir", help="Where converted models are kept.", show_default=False),
+]
+
+
+class ModelAction(StrEnum):
+    """What `stateful-sglang model` can do."""
+
+    PATH = "path"
+    ENSURE = "ensure"
+    VERIFY = "verify"
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if version:
+        from stateful_sglang import SGLANG_VERSION, __version__
+
+        print(f"stateful-sglang {__version__} for sglang {SGLANG_VERSION}")
+        raise typer.Exit
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def serve(context: typer.Context) -> None:
+    """Start the server; takes every argument of SGLang's and ours (serve --help)."""
+    from stateful_sglang.launch import main as launch
+
+    raise typer.Exit(launch(context.args))
+
+
+@app.command()
+def doctor(
+    port: Annotated[
+        int | None,
+        typer.Option(
+            help="Where a server would listen; 0 for any free port.",
+            show_default="the server's default",
+            min=0,
+            max=65535,
+        ),
+    ] = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Check everything a server needs; exit status 1 with the remedy when something would fail."""
+    from stateful_sglang import doctor as examination
+    from stateful_sglang.launch import DEFAULT_PORT
+
+    findings = examination.examine(DEFAULT_PORT if port is None else port, cache_dir)
+    examination.render(findings)
+    raise typer.Exit(0 if examination.healthy(findings) else 1)
+
+
+@app.command()
+def model(
+    action: Annotated[ModelAction, typer.Argument(help="ensure converts; verify checks SHA-256.")],
+    cache_dir: CacheDir = None,
+) -> None:
+    """The embedded default model: where it is, convert it now, or check it."""
+    from stateful_sglang import model as models
+
+    if action is ModelAction.PATH:
+        print(models.model_path(cache_dir))
+        return
+    if action is ModelAction.ENSURE:
+        try:
+            path = _ensure(cache_dir)
+        except models.ModelError as error:
+            print(f"stateful-sglang: {error}", file=sys.stderr)
+            raise typer.Exit(1) from error
+        print(path)
+        return
+    state = models.check(cache_dir, hashes=True)
+    if state.problem is not None:
+        print(f"{state.path}: {state.problem}", file=sys.stderr)
+        print("`stateful-sglang model ensure` converts it (again)", file=sys.stderr)
+        raise typer.Exit(1)
+    print(f"{state.path}: every file has its recorded SHA-256")
+
+
+def _ensure(cache_dir: Path | None) -> Path:
+    from stateful_sglang import model as models
+
+    if not sys.stderr.isatty():
+        return models.ensure_default_model(cache_dir)
+    from rich.console import Console
+
+    with Console(stderr=True).status("checking the model cache") as status:
+        return models.ensure_default_model(cache_dir, say=status.update)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""What would keep this machine from serving, found before it does.
+
+Every check stands alone and none may raise: whatever is broken, the others are still told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from stateful_sglang.doctor import hardware, software
+from stateful_sglang.doctor.finding import INSTALL, Finding
+from stateful_sglang.doctor.screen import healthy, render
+
+__all__ = ["Finding", "examine", "healthy", "render"]
+
+
+def examine(port: int, cache_dir: Path | None = None) -> list[Finding]:
+    """Run every check. `port` is where a server would listen; 0 for any that is free."""
+    checks: list[tuple[str, Callable[[], Finding]]] = [
+        ("stateful_sglang", software.ourselves),
+        ("python", software.python),
+        ("torch", software.torch),
+        ("sglang", software.sglang),
+        ("packages", software.packages),
+        ("attachments", software.attachments),
+        ("device", hardware.device),
+        ("model", lambda: hardware.model(cache_dir)),
+        ("cache folder", lambda: hardware.cache_folder(cache_dir)),
+        ("compiler", hardware.compiler),
+        ("CPU kernels", hardware.kernels),
+        ("memory", lambda: hardware.memory(cache_dir)),
+        ("port", lambda: hardware.port(port)),
+    ]
+    return [_guarded(name, check) for name, check in checks]
+
+
+def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
+    try:
+        return check()
+    except Exception as error:  # Whatever is broken, the other rows must still be told.
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        return Finding(name, "fail", f"{type(error).__name__}: {first}", INSTALL)

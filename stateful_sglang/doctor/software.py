@@ -1,0 +1,101 @@
+"""Checks of what is installed. SGLang is never imported: it takes seconds and may be broken."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from stateful_sglang import SGLANG_VERSION, __version__
+from stateful_sglang.doctor.finding import INSTALL, REQUIREMENTS, Finding, pin_of, version_of
+
+SHOWN_PACKAGES = ("transformers", "torchvision", "xgrammar", "numpy")
+
+
+def ourselves() -> Finding:
+    plugins = metadata.entry_points(group="sglang.srt.plugins")
+    if "stateful_sglang" not in plugins.names:
+        return Finding(
+            "stateful_sglang", "fail", f"{__version__}, unknown to SGLang as a plugin", INSTALL
+        )
+    return Finding("stateful_sglang", "ok", f"{__version__}, {Path(__file__).parent.parent}")
+
+
+def python() -> Finding:
+    found = f"{platform.python_version()}, {sys.executable}"
+    if not (3, 11) <= sys.version_info[:2] < (3, 13):
+        return Finding("python", "fail", found, "Python 3.11 or 3.12 is needed")
+    return Finding("python", "ok", found)
+
+
+def torch() -> Finding:
+    expected = pin_of("torch")
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        first = str(error).splitlines()[0]
+        return Finding("torch", "fail", f"cannot be imported: {first}", INSTALL)
+    found = str(torch.__version__)
+    if found.split("+")[0] != expected:
+        return Finding("torch", "fail", f"{found}, SGLang needs {expected}", INSTALL)
+    return Finding("torch", "ok", f"{found}, {torch.get_num_threads()} threads")
+
+
+def sglang() -> Finding:
+    found = version_of("sglang")
+    if found is None:
+        return Finding("sglang", "fail", f"missing, expected {SGLANG_VERSION}", INSTALL)
+    if found != SGLANG_VERSION:
+        return Finding(
+            "sglang",
+            "fail",
+            f"{found}; this version of stateful_sglang is bound to exactly {SGLANG_VERSION}",
+            f"{INSTALL}, or: pip install --no-deps sglang=={SGLANG_VERSION}",
+        )
+    return Finding("sglang", "ok", f"{found}, the pinned version")
+
+
+def packages() -> Finding:
+    from packaging.requirements import Requirement
+
+    wrong = []
+    for file in ("cpu.txt", "cpu-no-deps.txt"):
+        for line in (REQUIREMENTS / file).read_text().splitlines():
+            if not line or line.startswith("#"):
+                continue
+            wanted = Requirement(line)
+            version = version_of(wanted.name)
+            if version is None:
+                wrong.append(f"{wanted.name} is missing")
+            elif not wanted.specifier.contains(version, prereleases=True):
+                wrong.append(f"{wanted.name} is {version}, not {wanted.specifier}")
+    if wrong:
+        return Finding("packages", "fail", "; ".join(wrong), INSTALL)
+    shown = ", ".join(f"{name} {version_of(name)}" for name in SHOWN_PACKAGES)
+    return Finding("packages", "ok", shown)
+
+
+def attachments() -> Finding:
+    if version_of("sglang") is None:
+        return Finding("attachments", "fail", "not checked: SGLang is missing", INSTALL)
+    from stateful_sglang.runtime import attachments
+
+    rows = attachments.check()
+    changed = [row for row in rows if not row.holds]
+    if changed:
+        names = ", ".join(
+            row.attachment.target + ("" if row.found else " (gone)") for row in changed
+        )
+        return Finding(
+            "attachments",
+            "fail",
+            f"{len(changed)} of {len(rows)} differ from the source they were tested with: {names}",
+            f"reinstall SGLang unchanged: pip install --no-deps --force-reinstall "
+            f"sglang=={SGLANG_VERSION}",
+        )
+    kinds: dict[str, int] = {}
+    for row in rows:
+        kinds[row.attachment.kind] = kinds.get(row.attachment.kind, 0) + 1
+    shown = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    return Finding("attachments", "ok", f"{len(rows)} to SGLang, every fingerprint holds ({shown})")
