@@ -97,7 +97,12 @@ class SchedulerSessions:
         """End the request's turn: keep its output unless it was aborted."""
         if self.ranks.turn_of(req.rid) is None:
             return None
-        return self.ranks.finish_turn(req.rid, delivered_output(req) if ended_well(req) else None)
+        output = delivered_output(req) if ended_well(req) else None
+        turn = self.ranks.finish_turn(req.rid, output)
+        if turn is not None and turn.session_id not in self.ranks:
+            # Closed while the turn ran, which has put it back into the tree since.
+            self._tree.release_session_leaf(turn.session_id)
+        return turn
 
     def _reject(self, request: SessionAppendReq, message: str) -> None:
         logger.warning("turn rejected: %s", message)
@@ -158,7 +163,7 @@ def _add_requests(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) ->
 def _end_finished(
     _result: None, _streamer: Any, reqs: list[Req], *_args: Any, **_kwargs: Any
 ) -> None:
-    if _bound is not None and len(_bound.ranks):
+    if _bound is not None:
         for req in reqs:
             if req.finished():
                 _bound.end(req)
@@ -166,4 +171,4 @@ def _end_finished(
 
 def _end_aborted(_result: Any, req: Req, *_args: Any, **_kwargs: Any) -> None:
     if _bound is not None:
-        _bound.ranks.finish_turn(req.rid, None)
+        _bound.end(req)
