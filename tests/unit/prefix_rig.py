@@ -71,8 +71,9 @@ class Rig:
         page_size: int = 1,
         pin_budget: float = 0.5,
         tree_of: Any = None,
+        made: CacheInitParams | None = None,
     ) -> None:
-        made = params(pool_tokens, page_size)
+        made = made or params(pool_tokens, page_size)
         self.pool_tokens = pool_tokens
         self.page_size = page_size
         self.allocator = made.token_to_kv_pool_allocator
@@ -204,7 +205,8 @@ class Rig:
             self._pages(req.kv.kv_allocated_len) - req.kv.cache_protected_len
             for req in self.running
         )
-        assert self.allocator.available_size() + held + owned == self.pool_tokens
+        hybrid = getattr(self.allocator, "full_available_size", self.allocator.available_size)
+        assert hybrid() + held + owned == self.pool_tokens
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.page_size) * self.page_size
