@@ -28,7 +28,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench import forward, machine, report
-from bench.cells import Cell, Plan, all_cells, decode, plan, prefill
+from bench.cells import Plan, all_cells, decode, plan, prefill
 from bench.load import Load
 from bench.peers import ARMS, CONTEXT, POOL_TOKENS, Arm, ArmUnavailableError, Setting
 from bench.results import FORWARD, OURS, Results
