@@ -115,7 +115,8 @@ def _bars(axis, results: Results, cells: list[Cell], labels: list[str]) -> None:
         axis.bar(places, heights, width, yerr=errors, label=column, color=f"C{number}")
         axis.scatter(places, limits, marker="_", s=60, color="0.3", zorder=3)
     axis.set_xticks(range(len(cells)), labels)
-    axis.set_yscale("log")
+    if axis.patches:  # An empty axis has no logarithm.
+        axis.set_yscale("log")
     axis.set_ylabel("tokens/s")
     axis.grid(axis="y", alpha=0.3)
 
