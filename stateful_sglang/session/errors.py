@@ -59,6 +59,15 @@ class SessionClosedError(SessionError):
         super().__init__("the session was closed while this turn ran; nothing was committed")
 
 
+class TurnAbortedError(SessionError):
+    """The turn was given up before it ended."""
+
+    kind = "turn_aborted"
+
+    def __init__(self) -> None:
+        super().__init__("the turn was aborted; nothing was committed")
+
+
 class TooManySessionsError(SessionError):
     """The server holds as many sessions as it may."""
 

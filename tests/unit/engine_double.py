@@ -1,0 +1,147 @@
+"""A double of the model server, for tests of sessions only: it writes letters, not language.
+
+Its answer is a function of the whole prompt, so two sessions answer alike exactly when their
+transcripts are alike. It keeps tokens in the real `RankSessions`, so that what the API sends must
+fit what a rank holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from array import array
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import jinja2
+
+from stateful_sglang.session.engine import TurnProgress, TurnRequest
+from stateful_sglang.session.rank import RankSessions
+
+CHATML = (
+    "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] "
+    "+ '<|im_end|>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+FORGETFUL = "{%- set messages = messages[-1:] -%}" + CHATML
+"""A template that renders only the last message: no pattern of it extends by a suffix."""
+END = 2
+
+
+class CharTokenizer:
+    """One token a character, and two special ones."""
+
+    specials: Mapping[str, int] = {"<|im_start|>": 1, "<|im_end|>": END}
+    first = 3
+
+    def __init__(self, template: str = CHATML) -> None:
+        environment = jinja2.Environment()
+        environment.globals["raise_exception"] = self._raise
+        self._template = environment.from_string(template)
+
+    @staticmethod
+    def _raise(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool, **kwargs: Any) -> str:
+        assert not tokenize
+        return self._template.render(messages=conversation, **kwargs)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        parts = re.split("(" + "|".join(map(re.escape, self.specials)) + ")", text)
+        ids: list[int] = []
+        for part in parts:
+            special = self.specials.get(part)
+            ids += [special] if special else [ord(char) + self.first for char in part]
+        return ids
+
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> str:
+        names = {token: text for text, token in self.specials.items()}
+        if skip_special_tokens:
+            names = dict.fromkeys(names, "")
+        return "".join(names.get(each) or self._char(each, names) for each in token_ids)
+
+    def _char(self, token: int, names: Mapping[int, str]) -> str:
+        return "" if token in names else chr(token - self.first)
+
+
+class EngineDouble:
+    """Deterministic answers a token at a time, with handles to stop, break and script them."""
+
+    def __init__(self, context_length: int = 4096, template: str = CHATML) -> None:
+        self.context_length = context_length
+        self.vocab_size = 1200
+        self.tokenizer = CharTokenizer(template)
+        self.eos_ids = frozenset({END})
+        self.tool_call_parser: str | None = None
+        self.rank = RankSessions()
+        self.requests: list[TurnRequest] = []
+        self.prompts: list[list[int]] = []
+        self.aborted: list[str] = []
+        self.closed: list[str] = []
+        self.script: str | None = None
+        """Text of the next answers, in place of letters."""
+        self.pause_after: int | None = None
+        """Tokens after which a turn waits for `go`."""
+        self.paused, self.go = asyncio.Event(), asyncio.Event()
+        self.end_with: Mapping[str, Any] | Exception | None = None
+        """In place of a good finish."""
+
+    async def run(self, turn: TurnRequest) -> AsyncIterator[TurnProgress]:
+        self.requests.append(turn)
+        prompt = self.rank.begin_turn(turn.session_id, turn.rid, turn.base_len, turn.delta)
+        self.prompts.append(prompt.tolist())
+        ended = False
+        try:
+            output = self._output(prompt, turn.sampling["max_new_tokens"])
+            for count in range(1, len(output) + 1):
+                if count - 1 == self.pause_after:
+                    self.paused.set()
+                    await self.go.wait()
+                await asyncio.sleep(0)
+                last = count == len(output)
+                if last and isinstance(self.end_with, Exception):
+                    raise self.end_with
+                finish = self._finish(output) if last else None
+                if finish is not None and finish["type"] != "abort":
+                    self.rank.finish_turn(turn.rid, output)
+                    ended = True
+                yield self._progress(turn, output[:count], len(prompt), finish)
+        finally:
+            if not ended:
+                await asyncio.sleep(0)
+                self.rank.finish_turn(turn.rid, None)
+                self.aborted.append(turn.rid)
+
+    async def close_session(self, session_id: str) -> None:
+        self.rank.close(session_id)
+        self.closed.append(session_id)
+
+    async def tree_summary(self, session_id: str | None, limit: int) -> dict[str, Any]:
+        return {"session_id": session_id, "limit": limit, "nodes": []}
+
+    def answer_to(self, prompt: list[int], max_tokens: int) -> list[int]:
+        """What the double generates after `prompt`."""
+        return list(self._output(array("q", prompt), max_tokens))
+
+    def _output(self, prompt: array[int], max_tokens: int) -> array[int]:
+        text = self.script
+        if text is None:
+            digest = hashlib.sha256(prompt.tobytes()).hexdigest()
+            text = digest[: 1 + int(digest[0], 16)]
+        ids = self.tokenizer.encode(text)
+        return array("q", [*ids, END][:max_tokens])
+
+    def _finish(self, output: array[int]) -> Mapping[str, Any]:
+        if isinstance(self.end_with, Mapping):
+            return self.end_with
+        if output[-1] == END:
+            return {"type": "stop", "matched": END}
+        return {"type": "length", "length": len(output)}
+
+    def _progress(
+        self, turn: TurnRequest, ids: array[int], prompt: int, finish: Mapping[str, Any] | None
+    ) -> TurnProgress:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return TurnProgress(text, array("q", ids), finish, prompt, turn.base_len, len(ids) - 1)

@@ -1,0 +1,409 @@
+"""Turns are transactions: what ends well is committed, and nothing else ever was."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from engine_double import END, FORGETFUL, EngineDouble
+from jsonschema import Draft202012Validator
+
+from stateful_sglang.api.errors import EngineError
+from stateful_sglang.api.schemas import AppendBody, OpenBody
+from stateful_sglang.api.service import Limits, SessionService
+from stateful_sglang.session import errors
+
+pytestmark = pytest.mark.anyio
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "search",
+        "parameters": {
+            "type": "object",
+            "properties": {"q": {"$ref": "#/$defs/Q"}},
+            "$defs": {"Q": {"type": "string"}},
+        },
+    },
+}
+
+
+def say(text: str, **fields: Any) -> AppendBody:
+    body = {"messages": [{"role": "user", "content": text}], **fields}
+    return AppendBody.model_validate(body)
+
+
+def open_one(service: SessionService, **fields: Any) -> str:
+    return service.open(OpenBody.model_validate(fields))["id"]
+
+
+async def answer(service: SessionService, session: str, body: AppendBody) -> dict[str, Any]:
+    return await (await service.append(session, body)).result()
+
+
+async def paused_turn(engine: EngineDouble, service: SessionService, session: str) -> Any:
+    """A turn that has given two tokens and waits."""
+    engine.script, engine.pause_after = "some long answer", 2
+    turn = await service.append(session, say("wait"))
+    await engine.paused.wait()
+    engine.script, engine.pause_after = None, None
+    return turn
+
+
+async def test_a_turn_sends_only_what_is_new() -> None:
+    engine = EngineDouble()
+    service = SessionService(engine)
+    session = open_one(service, system="be brief")
+    first = await answer(service, session, say("one"))
+    second = await answer(service, session, say("two"))
+    assert [first["version"], second["version"]] == [1, 2]
+    usage = second["usage"]
+    assert usage["history_tokens"] == len(engine.prompts[0]) + first["usage"]["generated_tokens"]
+    assert usage["delta_tokens"] == usage["computed_tokens"] == len(engine.requests[1].delta)
+    assert engine.requests[1].base_len == usage["history_tokens"] == usage["cached_tokens"]
+    text = engine.tokenizer.decode(engine.prompts[1])
+    assert text == (
+        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\none<|im_end|>\n"
+        f"<|im_start|>assistant\n{first['text']}<|im_end|>\n<|im_start|>user\ntwo<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+async def test_messages_given_at_opening_come_before_the_first_append() -> None:
+    engine = EngineDouble()
+    service = SessionService(engine)
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "U"},
+        {"role": "assistant", "content": "A"},
+    ]
+    session = open_one(service, messages=messages)
+    assert engine.requests == []
+    await answer(service, session, say("V"))
+    assert engine.tokenizer.decode(engine.prompts[0]).startswith(
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
+        "<|im_start|>assistant\nA<|im_end|>\n<|im_start|>user\nV<|im_end|>\n"
+    )
+
+
+async def test_text_and_token_ids_are_appended_as_they_are() -> None:
+    engine = EngineDouble()
+    service = SessionService(engine)
+    session = open_one(service)
+    limit = {"max_tokens": 3, "ignore_eos": True}
+    body = AppendBody(text="once", sampling=limit, return_output_ids=True)
+    first = await answer(service, session, body)
+    await answer(service, session, AppendBody(input_ids=[40, 41], sampling=limit))
+    assert engine.prompts[1] == [*engine.tokenizer.encode("once"), *first["output_ids"], 40, 41]
+
+
+async def test_an_aborted_turn_leaves_no_trace() -> None:
+    engine = EngineDouble()
+    service = SessionService(engine)
+    aborted, untouched = open_one(service), open_one(service)
+    for session in (aborted, untouched):
+        await answer(service, session, say("hello"))
+    turn = await paused_turn(engine, service, aborted)
+    await turn.abort()
+    with pytest.raises(errors.TurnAbortedError):
+        await turn.result()
+    assert service.get(aborted)["version"] == 1
+    assert not service.get(aborted)["busy"]
+    replies = [await answer(service, session, say("next")) for session in (aborted, untouched)]
+    assert replies[0]["text"] == replies[1]["text"]
+    assert engine.prompts[-1] == engine.prompts[-2]
+
+
+async def test_the_next_append_waits_for_an_abort_under_way() -> None:
+    engine = EngineDouble()
+    service = SessionService(engine)
+    session = open_one(service)
+    turn = await paused_turn(engine, service, session)
+    turn.cancel()
+    reply = await answer(service, session, say("next"))
+    assert reply["version"] == 1
+    assert len(engine.aborted) == 1
+
+
+async def test_a_turn_cancelled_before_its_first_step_frees_the_session() -> None:
+    engine = EngineDouble()
+    service = SessionService(engine)
+    session = open_one(service)
+    await (await service.append(session, say("x"))).abort()
+    assert engine.requests == []
+    assert (await answer(service, session, say("y")))["version"] == 1
+
+
+async def test_an_end_that_beats_the_abort_is_committed() -> None:
+    engine = EngineDouble()
+    service = SessionService(engine)
+    session = open_one(service)
+    turn = await service.append(session, say("x"))
+    async for _ in turn.texts():
+        if len(turn._text) == len(engine.answer_to(engine.prompts[0], 99)) - 1:
+            turn.cancel()
+    assert service.get(session)["version"] in (0, 1)
+    assert (await answer(service, session, say("y")))["version"] in (1, 2)
+
+
+async def test_one_writer_at_a_time_and_reads_in_between() -> None:
+    engine = EngineDouble()
+    service = SessionService(engine)
+    session = open_one(service)
+    turn = await paused_turn(engine, service, session)
+    with pytest.raises(errors.SessionBusyError) as busy:
+        await service.append(session, say("me too"))
+    assert busy.value.details == {"version": 0}
+    assert service.get(session)["busy"]
+    engine.go.set()
+    assert (await turn.result())["version"] == 1
+
+
+async def test_an_unexpected_version_is_refused() -> None:
+    service = SessionService(EngineDouble())
+    session = open_one(service)
+    await answer(service, session, say("x", expected_version=0))
+    with pytest.raises(errors.VersionMismatchError) as stale:
+        await service.append(session, say("x", expected_version=0))
+    assert stale.value.details["version"] == 1
+
+
+async def test_closing_aborts_the_turn_and_then_closes() -> None:
+    engine = EngineDouble()
+    service = SessionService(engine)
+    session = open_one(service)
+    turn = await paused_turn(engine, service, session)
+    await service.close(session)
+    assert engine.aborted == [engine.requests[0].rid]
+    assert engine.closed == [session]
+    with pytest.raises(errors.SessionClosedError):
+        await turn.result()
+    with pytest.raises(errors.SessionNotFoundError):
+        service.get(session)
+    with pytest.raises(errors.SessionNotFoundError):
+        await service.close(session)
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "kind"),
+    [
+        (
+            {"type": "abort", "message": "out of memory", "status_code": 503},
+            503,
+            "engine_unavailable",
+        ),
+        ({"type": "abort", "message": "gone", "status_code": None}, 500, "engine_error"),
+        ({"type": "abort", "message": "bad grammar", "status_code": 400}, 422, "invalid_request"),
+        ({"type": "stop", "matched": "NaN happened"}, 500, "engine_error"),
+        (RuntimeError("the scheduler died"), 500, "engine_error"),
+    ],
+)
+async def test_a_turn_that_ends_badly_is_reported_and_not_committed(
+    ending: Any, status: int, kind: str
+) -> None:
+    engine = EngineDouble()
+    service = SessionService(engine)
+    session = open_one(service)
+    await answer(service, session, say("hello"))
+    engine.end_with = ending
+    with pytest.raises(EngineError) as failed:
+        await answer(service, session, say("next"))
+    assert (failed.value.status, failed.value.kind) == (status, kind)
+    engine.end_with = None
+    assert (await answer(service, session, say("next")))["version"] == 2
+
+
+async def test_a_delta_beyond_the_context_is_refused_with_what_is_left() -> None:
+    engine = EngineDouble(context_length=200)
+    service = SessionService(engine)
+    session = open_one(service)
+    first = await answer(service, session, say("hello"))
+    left = service.get(session)["tokens_left"]
+    assert left == 200 - 1 - len(engine.prompts[0]) - first["usage"]["generated_tokens"]
+    with pytest.raises(errors.ContextOverflowError) as full:
+        await service.append(session, AppendBody(input_ids=[50] * (left + 1)))
+    assert full.value.details["tokens_left"] == left
+    assert len(engine.requests) == 1
+    reply = await answer(service, session, AppendBody(input_ids=[50] * left))
+    assert reply["usage"]["generated_tokens"] == 1
+    assert reply["finish_reason"] == "length"
+
+
+async def test_max_tokens_is_clipped_to_the_room_and_says_so() -> None:
+    engine = EngineDouble(context_length=100)
+    service = SessionService(engine)
+    engine.script = "x" * 500
+    reply = await answer(service, open_one(service), say("hi", sampling={"max_tokens": 90}))
+    usage = reply["usage"]
+    assert usage["max_tokens"] == usage["generated_tokens"] == 100 - usage["delta_tokens"]
+    assert usage["max_tokens_clipped"] is True
+
+
+async def test_token_ids_outside_the_vocabulary_are_named() -> None:
+    service = SessionService(EngineDouble())
+    session = open_one(service)
+    for ids in ([5, 1200], [5, -1]):
+        with pytest.raises(errors.InvalidInputError) as bad:
+            await service.append(session, AppendBody(input_ids=ids))
+        assert bad.value.param == "input_ids[1]"
+
+
+async def test_a_rewinding_turn_that_aborts_loses_nothing() -> None:
+    engine = EngineDouble(template=FORGETFUL)
+    service = SessionService(engine)
+    session = open_one(service)
+    await answer(service, session, say("first"))
+    turn = await paused_turn(engine, service, session)
+    assert engine.requests[-1].base_len < service.get(session)["tokens"]
+    await turn.abort()
+    # The rank has cut its transcript: what the API still has must come again.
+    text = AppendBody(text="and on", sampling={"max_tokens": 4})
+    reply = await answer(service, session, text)
+    assert reply["version"] == 2
+    assert engine.prompts[-1] == engine.prompts[0] + engine.answer_to(
+        engine.prompts[0], 99
+    ) + engine.tokenizer.encode("and on")
+
+
+async def test_a_rewrite_is_reported_in_the_usage() -> None:
+    engine = EngineDouble(template=FORGETFUL)
+    service = SessionService(engine)
+    session = open_one(service)
+    first = await answer(service, session, say("first"))
+    second = await answer(service, session, say("second"))
+    usage = second["usage"]
+    assert usage["rewind_reason"] == "template_rewrites_history"
+    kept = usage["history_tokens"] - usage["rewound_tokens"]
+    assert kept + usage["delta_tokens"] == len(engine.prompts[1])
+    assert usage["history_tokens"] == len(engine.prompts[0]) + first["usage"]["generated_tokens"]
+    assert engine.tokenizer.decode(engine.prompts[1]) == (
+        "<|im_start|>user\nsecond<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+async def test_an_answer_cut_by_length_is_closed_in_the_next_turn() -> None:
+    engine = EngineDouble()
+    service = SessionService(engine)
+    session = open_one(service)
+    engine.script = "endless words"
+    await answer(service, session, say("go", sampling={"max_tokens": 4}))
+    await answer(service, session, say("stop"))
+    assert "assistant\nendl<|im_end|>\n<|im_start|>user\nstop" in engine.tokenizer.decode(
+        engine.prompts[1]
+    )
+    assert engine.requests[1].delta[0] == END
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "content", "calls"),
+    [
+        (
+            'ok <tool_call>\n{"name": "search", "arguments": {"q": "a"}}\n</tool_call>',
+            {},
+            "ok",
+            ['{"q": "a"}'],
+        ),
+        ('<tool_call>{"name": "search", "arguments": {"q": "a"}}', {}, "", ['{"q": "a"}']),
+        (
+            '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>',
+            {},
+            '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>',
+            [],
+        ),
+        ("<tool_call>not json</tool_call>", {}, "<tool_call>not json</tool_call>", []),
+        (
+            '{"name": "search", "arguments": {"q": "b"}}',
+            {"tool_choice": "required"},
+            "",
+            ['{"q": "b"}'],
+        ),
+        (
+            '{"name": "search", "arguments": {"q": "b"}}',
+            {"sampling": {"json_schema": {"type": "object"}}},
+            "",
+            ['{"q": "b"}'],
+        ),
+        ('{"answer": 4}', {"sampling": {"json_schema": {"type": "object"}}}, '{"answer": 4}', []),
+        (
+            '<tool_call>{"name": "search", "arguments": {}}</tool_call>',
+            {"tool_choice": "none"},
+            '<tool_call>{"name": "search", "arguments": {}}</tool_call>',
+            [],
+        ),
+    ],
+)
+async def test_tool_calls_are_parsed_where_there_are_any(
+    text: str, fields: Any, content: str, calls: list[str]
+) -> None:
+    engine = EngineDouble()
+    service = SessionService(engine)
+    engine.script = text
+    reply = await answer(service, open_one(service, tools=[TOOL]), say("find", **fields))
+    assert reply["message"]["content"] == content
+    made = reply["message"].get("tool_calls", [])
+    assert [call["function"]["arguments"] for call in made] == calls
+    assert all(call["function"]["name"] == "search" and call["id"] for call in made)
+    assert reply["finish_reason"] == ("tool_calls" if calls else "stop")
+    assert reply["text"] == text
+
+
+async def test_a_required_call_is_constrained_to_the_tools() -> None:
+    engine = EngineDouble()
+    service = SessionService(engine)
+    other = {"type": "function", "function": {"name": "list"}}
+    session = open_one(service, tools=[TOOL, other])
+    await answer(service, session, say("find", tool_choice="required"))
+    schema = json.loads(engine.requests[0].sampling["json_schema"])
+    accepts = Draft202012Validator(schema).is_valid
+    assert accepts({"name": "search", "arguments": {"q": "text"}})
+    assert accepts({"name": "list", "arguments": {"anything": 1}})
+    assert not accepts({"name": "search", "arguments": {"q": 1}})
+    assert not accepts({"name": "other", "arguments": {}})
+    with pytest.raises(errors.InvalidInputError, match="no tools"):
+        await service.append(open_one(service), say("find", tool_choice="required"))
+
+
+async def test_sampling_fields_reach_the_engine_under_its_names() -> None:
+    engine = EngineDouble()
+    service = SessionService(engine)
+    asked = {
+        "temperature": 0.5,
+        "top_k": 3,
+        "seed": 7,
+        "stop": ["x"],
+        "max_tokens": 5,
+        "min_tokens": 2,
+        "response_format": {"type": "json_object"},
+    }
+    await answer(service, open_one(service), say("hi", sampling=asked))
+    assert engine.requests[0].sampling == {
+        "temperature": 0.5,
+        "top_k": 3,
+        "sampling_seed": 7,
+        "stop": ["x"],
+        "max_new_tokens": 5,
+        "min_new_tokens": 2,
+        "json_schema": '{"type": "object"}',
+    }
+
+
+async def test_more_sessions_than_the_limit_are_refused() -> None:
+    service = SessionService(EngineDouble(), Limits(max_sessions=2))
+    first = open_one(service)
+    open_one(service)
+    with pytest.raises(errors.TooManySessionsError):
+        open_one(service)
+    await service.close(first)
+    open_one(service)
+
+
+async def test_ids_cannot_be_guessed_and_request_ids_have_one_length() -> None:
+    engine = EngineDouble()
+    service = SessionService(engine)
+    ids = [open_one(service) for _ in range(50)]
+    assert len(set(ids)) == 50
+    assert min(map(len, ids)) >= 24
+    await asyncio.gather(*(answer(service, each, say("x")) for each in ids))
+    assert {len(request.rid) for request in engine.requests} == {32}
