@@ -85,6 +85,8 @@ class EngineDouble:
         self.pause_after: int | None = None
         """Tokens after which a turn waits for `go`."""
         self.paused, self.go = asyncio.Event(), asyncio.Event()
+        self.linger: asyncio.Event | None = None
+        """Awaited after the last token was given, before the turn is over."""
         self.end_with: Mapping[str, Any] | Exception | None = None
         """In place of a good finish."""
 
@@ -108,6 +110,9 @@ class EngineDouble:
                     self.rank.finish_turn(turn.rid, output)
                     ended = True
                 yield self._progress(turn, output[:count], len(prompt), finish)
+            if self.linger is not None:
+                self.paused.set()
+                await self.linger.wait()
         finally:
             if not ended:
                 await asyncio.sleep(0)

@@ -1,0 +1,208 @@
+"""Any order of opens, appends, aborts, failures and closes agrees with a few lines of string."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from engine_double import FORGETFUL, EngineDouble
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    rule,
+)
+
+from stateful_sglang.api.errors import EngineError
+from stateful_sglang.api.schemas import AppendBody, OpenBody
+from stateful_sglang.api.service import SessionService
+from stateful_sglang.session import errors
+
+words = st.text("abc xyz", min_size=1, max_size=12)
+limits = st.integers(1, 20)
+
+
+def turn_text(role: str, content: str) -> str:
+    return f"<|im_start|>{role}\n{content}<|im_end|>\n"
+
+
+@dataclass
+class Reference:
+    """A session as its text."""
+
+    system: str | None
+    text: str = ""
+    version: int = 0
+
+    def with_messages(self, contents: list[str]) -> str:
+        before = self.text
+        if not before and self.system is not None:
+            before = turn_text("system", self.system)
+        elif before:
+            before = before.removesuffix("<|im_end|>") + "<|im_end|>\n"
+        new = "".join(turn_text("user", content) for content in contents)
+        return f"{before}{new}<|im_start|>assistant\n"
+
+
+class Sessions(RuleBasedStateMachine):
+    template: str | None = None
+    open_sessions = Bundle("open_sessions")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        extra = {} if self.template is None else {"template": self.template}
+        self.engine = EngineDouble(context_length=2000, **extra)
+        self.service = self.runner.run(self._service())
+        self.reference: dict[str, Reference] = {}
+
+    async def _service(self) -> SessionService:
+        return SessionService(self.engine)
+
+    def teardown(self) -> None:
+        self.runner.close()
+
+    @rule(target=open_sessions, system=st.none() | words)
+    def open(self, system: str | None) -> str:
+        session = self.service.open(OpenBody(system=system))["id"]
+        self.reference[session] = Reference(system)
+        return session
+
+    def expected_prompt(self, session: str, contents: list[str]) -> str:
+        return self.reference[session].with_messages(contents)
+
+    async def _append(self, session: str, body: AppendBody) -> dict[str, Any]:
+        return await (await self.service.append(session, body)).result()
+
+    def _check(self, session: str, body: AppendBody, prompt_text: str) -> None:
+        """Run a turn that must commit, and apply it to the reference."""
+        reference = self.reference[session]
+        prompt = self.engine.tokenizer.encode(prompt_text)
+        limit = body.sampling.max_tokens or 0
+        if len(prompt) >= self.engine.context_length:
+            with pytest.raises(errors.ContextOverflowError):
+                self.runner.run(self._append(session, body))
+            return
+        reply = self.runner.run(self._append(session, body))
+        room = self.engine.context_length - len(prompt)
+        output = self.engine.answer_to(prompt, min(limit, room))
+        assert self.engine.prompts[-1] == prompt
+        assert reply["text"] == self.engine.tokenizer.decode(output, skip_special_tokens=True)
+        usage = reply["usage"]
+        held = len(self.engine.tokenizer.encode(reference.text))
+        assert usage["history_tokens"] == held
+        assert held - usage["rewound_tokens"] + usage["delta_tokens"] == len(prompt)
+        reference.text = prompt_text + self.engine.tokenizer.decode(output)
+        reference.version += 1
+
+    @rule(session=open_sessions, contents=st.lists(words, min_size=1, max_size=3), limit=limits)
+    def append(self, session: str, contents: list[str], limit: int) -> None:
+        self._check(session, body_of(contents, limit), self.expected_prompt(session, contents))
+
+    @rule(session=open_sessions, content=words, tokens=st.integers(0, 3))
+    def abort(self, session: str, content: str, tokens: int) -> None:
+        async def run() -> None:
+            self.engine.script, self.engine.pause_after = "never to be seen", tokens
+            self.engine.paused.clear()
+            turn = await self.service.append(session, body_of([content], 20))
+            await self.engine.paused.wait()
+            with pytest.raises(errors.SessionBusyError):
+                await self.service.append(session, body_of([content], 20))
+            await turn.abort()
+            with pytest.raises(errors.TurnAbortedError):
+                await turn.result()
+
+        try:
+            self.runner.run(run())
+        except errors.ContextOverflowError:
+            pass
+        finally:
+            self.engine.script = self.engine.pause_after = None
+
+    @rule(session=open_sessions, content=words, raised=st.booleans())
+    def fail(self, session: str, content: str, raised: bool) -> None:
+        aborted = {"type": "abort", "message": "no", "status_code": 503}
+        self.engine.end_with = RuntimeError("no") if raised else aborted
+        try:
+            with pytest.raises((EngineError, errors.ContextOverflowError)):
+                self.runner.run(self._append(session, body_of([content], 20)))
+        finally:
+            self.engine.end_with = None
+
+    @rule(session=open_sessions, content=words, off=st.sampled_from([-1, 1]))
+    def append_at_another_version(self, session: str, content: str, off: int) -> None:
+        version = max(0, self.reference[session].version + off)
+        if version == self.reference[session].version:
+            return
+        body = body_of([content], 5).model_copy(update={"expected_version": version})
+        with pytest.raises(errors.VersionMismatchError):
+            self.runner.run(self._append(session, body))
+
+    @rule(session=consumes(open_sessions), content=words, running=st.booleans())
+    def close(self, session: str, content: str, running: bool) -> None:
+        async def run() -> None:
+            turn = None
+            if running:
+                try:
+                    turn = await self.service.append(session, body_of([content], 5))
+                except errors.ContextOverflowError:
+                    turn = None
+            await self.service.close(session)
+            if turn is not None:
+                with pytest.raises(errors.SessionClosedError):
+                    await turn.result()
+            with pytest.raises(errors.SessionNotFoundError):
+                await self.service.append(session, body_of([content], 5))
+
+        self.runner.run(run())
+        assert self.engine.closed[-1] == session
+        del self.reference[session]
+
+    @invariant()
+    def versions_and_sizes_agree(self) -> None:
+        assert self.service.list(1000)["total"] == len(self.reference)
+        for session, reference in self.reference.items():
+            view = self.service.get(session)
+            tokens = len(self.engine.tokenizer.encode(reference.text))
+            assert (view["version"], view["tokens"]) == (reference.version, tokens)
+            assert not view["busy"]
+
+
+class RawSessions(Sessions):
+    """With text among the messages."""
+
+    @rule(session=Sessions.open_sessions, text=words, limit=limits)
+    def append_text(self, session: str, text: str, limit: int) -> None:
+        reference = self.reference[session]
+        body = AppendBody.model_validate({"text": text, "sampling": {"max_tokens": limit}})
+        if not reference.version and reference.system is not None:
+            with pytest.raises(errors.InvalidInputError):
+                self.runner.run(self._append(session, body))
+            return
+        self._check(session, body, reference.text + text)
+
+
+class ForgetfulSessions(Sessions):
+    """With a template that rewrites everything at every turn."""
+
+    template = FORGETFUL
+
+    def expected_prompt(self, session: str, contents: list[str]) -> str:
+        return turn_text("user", contents[-1]) + "<|im_start|>assistant\n"
+
+
+def body_of(contents: list[str], limit: int) -> AppendBody:
+    messages = [{"role": "user", "content": content} for content in contents]
+    return AppendBody.model_validate({"messages": messages, "sampling": {"max_tokens": limit}})
+
+
+_SETTINGS = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestRawSessions = RawSessions.TestCase
+TestRawSessions.settings = _SETTINGS
+TestForgetfulSessions = ForgetfulSessions.TestCase
+TestForgetfulSessions.settings = _SETTINGS
