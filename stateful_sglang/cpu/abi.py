@@ -132,6 +132,7 @@ def declare(lib: ctypes.CDLL) -> None:
         ("sg_norm", Norm),
         ("sg_rope", Rope),
         ("sg_gated", Gated),
+        ("sg_decoder", Decoder),
     ):
         function = getattr(lib, name)
         function.argtypes, function.restype = [POINTER(struct)], None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stateful_sglang.cpu import platform
+from stateful_sglang.cpu import layers, platform
 from stateful_sglang.runtime.attachments import Attachment
 
 _LAYERS = "sglang.srt.layers"
@@ -31,6 +31,7 @@ ATTACHMENTS: tuple[Attachment, ...] = (
         "registry",
         "the name torch_native is what keeps Triton kernels off the CPU",
     ),
+    *layers.ATTACHMENTS,
 )
 
 
@@ -41,6 +42,7 @@ def attach() -> None:
     from sglang.srt.layers.attention import attention_registry
 
     attention_registry.ATTENTION_BACKENDS["torch_native"] = _create_backend
+    layers.attach()
 
 
 def _create_backend(runner: Any) -> Any:

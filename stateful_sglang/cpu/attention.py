@@ -55,6 +55,11 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         self._plan: StepPlan | None = None
         self._left_to_stock = False
 
+    @property
+    def plain_plan(self) -> StepPlan | None:
+        """The pass's plan where a kernel may write keys and values into the pool itself."""
+        return self._plan if self._writes_pool else None
+
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan the pass; called once before its layers run."""
         super().init_forward_metadata(forward_batch)

@@ -18,7 +18,8 @@ _DTYPES = {torch.float32: abi.F32, torch.bfloat16: abi.BF16}
 ACTIVATIONS = {"silu": abi.SILU, "gelu_tanh": abi.GELU_TANH, "gelu": abi.GELU}
 
 
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """The loaded kernels."""
     extension = load()
     if extension is None:
         raise RuntimeError("The CPU kernels are not loaded: check extension.load() first.")
@@ -148,7 +149,7 @@ def attention(
         mask = mask.contiguous()
         offsets = _i64(mask_offsets)
         call.mask, call.mask_offsets = mask.data_ptr(), offsets.data_ptr()
-    _library().sg_attention(call)
+    library().sg_attention(call)
     return out
 
 
@@ -180,7 +181,7 @@ def pack(weight: torch.Tensor, gated: bool = False) -> Packed:
             f"gated; got {weight.dtype} {[cols, inner]}, gated {gated}."
         )
     weight = _dense_last(weight, "pack: weight")
-    lib, dtype = _library(), _DTYPES[weight.dtype]
+    lib, dtype = library(), _DTYPES[weight.dtype]
     data = _huge(lib.sg_packed_bytes(dtype, cols, inner))
     packed = Packed(data, cols, inner, weight.dtype, gated)
     repack(packed, weight)
@@ -194,7 +195,7 @@ def repack(packed: Packed, weight: torch.Tensor) -> None:
             f"repack: {weight.dtype} {list(weight.shape)} into {packed.dtype} "
             f"{[packed.cols, packed.inner]}."
         )
-    _library().sg_pack(
+    library().sg_pack(
         _DTYPES[packed.dtype],
         weight.data_ptr(),
         weight.stride(0),
@@ -261,7 +262,7 @@ def linear(
         out_row=out.stride(0),
         out_f32=int(out.dtype == torch.float32),
     )
-    _library().sg_linear(call)
+    library().sg_linear(call)
     return out.reshape(*lead, width)
 
 
@@ -291,7 +292,7 @@ def rms_norm(
     if residual is not None:
         rest = residual.view(flat.shape)
         call.residual, call.residual_row = rest.data_ptr(), rest.stride(0)
-    _library().sg_norm(call)
+    library().sg_norm(call)
     return out.reshape(x.shape)
 
 
@@ -329,7 +330,7 @@ def rope(
         k_token=0 if k is None else k.stride(0),
         k_head=head_dim,
     )
-    _library().sg_rope(call)
+    library().sg_rope(call)
 
 
 def gated(x: torch.Tensor, act: str = "silu") -> torch.Tensor:
@@ -347,5 +348,5 @@ def gated(x: torch.Tensor, act: str = "silu") -> torch.Tensor:
         out_row=out.stride(0),
         act=ACTIVATIONS[act],
     )
-    _library().sg_gated(call)
+    library().sg_gated(call)
     return out.reshape(*x.shape[:-1], width)

@@ -162,7 +162,8 @@ static void attend_item(const SgAttention& a, const SgAttnItem& it, float* parti
       src[r] = (const uint32_t*)((const T*)a.q + token * a.q_token +
                                  (it.kv_head * group + (t + r) % group) * a.q_head);
     }
-    pack_rows(src, n, dw, sc.q + (int64_t)t * dw);
+    if (n == 1) memcpy(sc.q + (int64_t)t * dw, src[0], (int64_t)dw * 4);
+    else pack_rows(src, n, dw, sc.q + (int64_t)t * dw);
   }
 
   for (int block = it.block0; block < it.block1; block++) {

@@ -198,3 +198,22 @@ SG_API void sg_rope(const SgRope* a) {
 SG_API void sg_gated(const SgGated* a) {
   run(0, 0, threads_for(a->rows, 4 * a->cols), [&](SgTeam& t) { g_kernels->gated(t, *a); });
 }
+
+SG_API void sg_decoder(const SgDecoder* d) {
+  if (d->tokens == 0) return;
+  SgAttention a = {};
+  a.batch = d->batch;
+  a.q_heads = d->q_heads;
+  a.kv_heads = d->kv_heads;
+  a.head_dim = d->head_dim;
+  a.seq_lens = d->seq_lens;
+  a.q_starts = d->q_starts;
+  a.causal = 1;
+  a.window = -1;  // one plan for all layers; a window's masked blocks contribute nothing
+  a.mask = d->mask;
+  a.mask_offsets = d->mask_offsets;
+  const SgAttnPlan plan = plan_attention(a, omp_get_max_threads());
+  char* shared = g_work.shared.get(g_kernels->decoder_shared(*d) + 64);
+  run(5 * d->layers, g_kernels->decoder_scratch(*d), 1 << 20,
+      [&](SgTeam& t) { g_kernels->decoder(t, *d, plan, shared); });
+}

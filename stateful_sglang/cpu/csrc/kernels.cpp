@@ -1,8 +1,7 @@
 // Compiled once per instruction set: see build flags in extension.py.
 #include "kernels.h"
 
-#include "attention.h"
-#include "linear.h"
+#include "decoder.h"
 #include "rows.h"
 
 namespace SG_ISA {
@@ -47,6 +46,18 @@ static void gated(SgTeam& t, const SgGated& a) {
   SG_BY_TYPE(a.dtype, gated_stage<float>(t, a), gated_stage<bf16>(t, a))
 }
 
+static int64_t decoder_scratch(const SgDecoder& d) {
+  return d.dtype == SG_F32 ? decoder_thread_bytes<float>(d) : decoder_thread_bytes<bf16>(d);
+}
+static int64_t decoder_shared(const SgDecoder& d) {
+  DecoderBuffers<float> f;
+  DecoderBuffers<bf16> h;
+  return d.dtype == SG_F32 ? f.lay(d, nullptr) : h.lay(d, nullptr);
+}
+static void decoder(SgTeam& t, const SgDecoder& d, const SgAttnPlan& p, char* shared) {
+  SG_BY_TYPE(d.dtype, decoder_run<float>(t, d, p, shared), decoder_run<bf16>(t, d, p, shared))
+}
+
 }  // namespace SG_ISA
 
 #define SG_JOIN2(a, b) a##b
@@ -56,6 +67,6 @@ static void gated(SgTeam& t, const SgGated& a) {
 
 using namespace SG_ISA;
 extern const SgKernels SG_JOIN(sg_kernels_, SG_ISA) = {
-    SG_TEXT(SG_ISA), attention_scratch, linear_scratch_any, nullptr, attention, linear, pack, norm,
-    rope, gated, nullptr, nullptr,
+    SG_TEXT(SG_ISA), attention_scratch, linear_scratch_any, decoder_scratch, decoder_shared,
+    attention, linear, pack, norm, rope, gated, decoder, nullptr,
 };

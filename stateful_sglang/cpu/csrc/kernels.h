@@ -9,6 +9,7 @@ struct SgKernels {
   int64_t (*attention_scratch)(const SgAttention&);
   int64_t (*linear_scratch)(const SgLinear&);
   int64_t (*decoder_scratch)(const SgDecoder&);
+  int64_t (*decoder_shared)(const SgDecoder&);
   void (*attention)(SgTeam&, const SgAttention&, const SgAttnPlan&);
   void (*linear)(SgTeam&, const SgLinear&);
   void (*pack)(SgTeam&, int dtype, const void* weight, int64_t row_stride, int cols, int inner,

@@ -46,7 +46,8 @@ static void pack_input(const SgLinear& a, int m0, int m1, int w, uint32_t* out, 
         t = (T*)a.x + row;
       src[r] = (const uint32_t*)t;
     }
-    pack_rows(src, n, w, out + (int64_t)(m - m0) * w);
+    if (n == 1) memcpy(out + (int64_t)(m - m0) * w, src[0], (int64_t)w * 4);
+    else pack_rows(src, n, w, out + (int64_t)(m - m0) * w);
   }
 }
 
@@ -88,7 +89,7 @@ static void linear_stage(SgTeam& team, const SgLinear& a) {
   int64_t* counter = team.open();
   if (a.rows == 0) return;
 
-  int per = (int)(((int64_t)panels * blocks + 8 * team.size - 1) / (8 * team.size));
+  int per = (int)(((int64_t)panels * blocks + 16 * team.size - 1) / (16 * team.size));
   per = per > panels ? panels : per;
   const int groups = (panels + per - 1) / per;
 
