@@ -10,22 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from engine_double import EngineDouble
-from fastapi import FastAPI
-
-from stateful_sglang.api.routes import build_router
-from stateful_sglang.api.service import Limits, SessionService
+from session_server import app_of, served
 
 pytestmark = pytest.mark.anyio
 
 USER = {"role": "user", "content": "hello"}
-
-
-def app_of(engine: EngineDouble, **limits: Any) -> FastAPI:
-    app = FastAPI()
-    app.include_router(build_router(SessionService(engine, Limits(**limits))))
-    return app
 
 
 @asynccontextmanager
@@ -34,22 +24,6 @@ async def client_of(engine: EngineDouble, **limits: Any) -> AsyncIterator[httpx.
     transport = httpx.ASGITransport(app_of(engine, **limits))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
-
-
-@asynccontextmanager
-async def served(engine: EngineDouble) -> AsyncIterator[str]:
-    """The address of a real server of `engine`, on a free port."""
-    config = uvicorn.Config(app_of(engine), port=0, log_level="warning")
-    server = uvicorn.Server(config)
-    task = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    host, port = server.servers[0].sockets[0].getsockname()[:2]
-    try:
-        yield f"http://{host}:{port}"
-    finally:
-        server.should_exit = True
-        await task
 
 
 async def open_one(client: httpx.AsyncClient, **fields: Any) -> str:

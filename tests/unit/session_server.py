@@ -1,0 +1,37 @@
+"""The session routes over an engine double, as an application and as a server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvicorn
+from engine_double import EngineDouble
+from fastapi import FastAPI
+
+from stateful_sglang.api.routes import build_router
+from stateful_sglang.api.service import Limits, SessionService
+
+
+def app_of(engine: EngineDouble, **limits: Any) -> FastAPI:
+    app = FastAPI()
+    app.include_router(build_router(SessionService(engine, Limits(**limits))))
+    return app
+
+
+@asynccontextmanager
+async def served(engine: EngineDouble) -> AsyncIterator[str]:
+    """The address of a real server of `engine`, on a free port."""
+    config = uvicorn.Config(app_of(engine), port=0, log_level="warning")
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    host, port = server.servers[0].sockets[0].getsockname()[:2]
+    try:
+        yield f"http://{host}:{port}"
+    finally:
+        server.should_exit = True
+        await task

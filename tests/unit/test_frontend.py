@@ -1,0 +1,175 @@
+"""The Python client: turns, streams and typed errors, against the real routes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+from engine_double import EngineDouble
+from hypothesis import given
+from hypothesis import strategies as st
+from session_server import app_of, served
+
+from stateful_sglang import frontend
+from stateful_sglang.frontend.events import EventReader
+
+pytestmark = pytest.mark.anyio
+
+TOOL = {"type": "function", "function": {"name": "search"}}
+CALL = '<tool_call>{"name": "search", "arguments": {"q": "a"}}</tool_call>'
+
+
+def async_client(engine: EngineDouble, **limits: Any) -> frontend.AsyncClient:
+    transport = httpx.ASGITransport(app_of(engine, **limits))
+    return frontend.AsyncClient("http://test", transport=transport)
+
+
+async def in_thread(url: str, work: Any) -> Any:
+    def run() -> Any:
+        with frontend.Client(url) as client:
+            return work(client)
+
+    return await asyncio.to_thread(run)
+
+
+async def test_a_conversation_with_tools() -> None:
+    engine = EngineDouble()
+
+    def work(client: frontend.Client) -> None:
+        with client.open(system="S", tools=[TOOL]) as session:
+            engine.script = CALL
+            first = session.append("find a", return_output_ids=True)
+            assert first.finish_reason == "tool_calls"
+            assert first.output_ids
+            (call,) = first.tool_calls
+            assert (call.name, call.parsed()) == ("search", {"q": "a"})
+            engine.script = None
+            second = session.append(call.result("here"), expected_version=first.version)
+            assert second.version == 2
+            assert second.usage.computed_tokens == second.usage.delta_tokens
+            assert session.get()["version"] == 2
+            assert [each["id"] for each in client.sessions()] == [session.id]
+            assert client.tree(session)["session_id"] == session.id
+        assert client.sessions() == []
+        session.close()
+
+    async with served(engine) as url:
+        await in_thread(url, work)
+    assert "<tool_response>\nhere\n</tool_response>" in engine.tokenizer.decode(engine.prompts[1])
+
+
+async def test_a_stream_gives_text_and_then_the_turn() -> None:
+    engine = EngineDouble()
+
+    def work(client: frontend.Client) -> None:
+        session = client.open()
+        stream = session.append("hello", stream=True)
+        pieces = list(stream)
+        assert "".join(pieces) == stream.turn.text
+        assert stream.turn.version == 1
+        assert session.append("again", stream=True).read().version == 2
+
+    async with served(engine) as url:
+        await in_thread(url, work)
+
+
+async def test_leaving_a_stream_aborts_the_turn() -> None:
+    engine = EngineDouble()
+    engine.script, engine.pause_after = "a long answer", 3
+
+    def work(client: frontend.Client) -> str:
+        session = client.open()
+        for _ in session.append("hello", stream=True):
+            break
+        return session.id
+
+    async with served(engine) as url:
+        session_id = await in_thread(url, work)
+        while not engine.aborted:
+            await asyncio.sleep(0.01)
+        engine.pause_after = None
+        turn = await in_thread(url, lambda client: client.session(session_id).append("hello"))
+        assert turn.version == 1
+
+
+async def test_the_asynchronous_client_does_the_same() -> None:
+    engine = EngineDouble()
+    async with async_client(engine) as client, await client.open(system="S") as session:
+        assert (await session.append("one")).version == 1
+        stream = await session.append("two", stream=True)
+        pieces = [piece async for piece in stream]
+        assert "".join(pieces) == stream.turn.text
+        assert (await session.get())["version"] == 2
+        assert len(await client.sessions()) == 1
+        assert (await client.tree(session))["session_id"] == session.id
+
+
+async def test_errors_are_typed() -> None:
+    engine = EngineDouble(context_length=100)
+    async with async_client(engine, max_sessions=1) as client:
+        session = await client.open()
+        with pytest.raises(frontend.OverloadedError):
+            await client.open()
+        with pytest.raises(frontend.VersionMismatchError) as stale:
+            await session.append("x", expected_version=4)
+        assert (stale.value.version, stale.value.status) == (0, 409)
+        with pytest.raises(frontend.ContextLengthError) as full:
+            await session.append(text="x" * 500)
+        assert full.value.tokens_left == 99
+        with pytest.raises(frontend.InvalidRequestError) as bad:
+            await session.append("x", sampling={"top_p": 7}, stream=True)
+        assert bad.value.param == "sampling.top_p"
+        engine.pause_after = 1
+        running = asyncio.create_task(session.append("x"))
+        await engine.paused.wait()
+        with pytest.raises(frontend.SessionBusyError):
+            await session.append("y")
+        await session.close()
+        with pytest.raises(frontend.SessionClosedError):
+            await running
+        with pytest.raises(frontend.SessionNotFoundError):
+            await session.get()
+
+
+async def test_an_error_within_a_stream_is_raised_while_reading_it() -> None:
+    engine = EngineDouble()
+    engine.end_with = {"type": "abort", "message": "no memory", "status_code": 503}
+    async with async_client(engine) as client:
+        stream = await (await client.open()).append("x", stream=True)
+        with pytest.raises(frontend.OverloadedError, match="no memory"):
+            await stream.read()
+
+
+async def test_a_stream_that_is_cut_is_an_error() -> None:
+    def cut(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=b'event: delta\ndata: {"text": "x"}\n\n')
+
+    client = frontend.Client("http://test", transport=httpx.MockTransport(cut))
+    with pytest.raises(frontend.ServerError, match="ended before"):
+        client.session("id").append("x", stream=True).read()
+
+
+async def test_an_error_page_of_somebody_else_is_an_error_too() -> None:
+    def page(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(502, text="<html>bad gateway</html>")
+
+    client = frontend.Client("http://test", transport=httpx.MockTransport(page))
+    with pytest.raises(frontend.ServerError, match="bad gateway"):
+        client.open()
+
+
+@given(
+    st.lists(st.dictionaries(st.text(max_size=5), st.text(max_size=20)), max_size=5),
+    st.integers(1, 9),
+)
+def test_events_are_the_same_however_the_stream_is_cut(
+    data: list[dict[str, str]], size: int
+) -> None:
+    stream = b"".join(f"event: e\ndata: {json.dumps(each)}\n\n".encode() for each in data)
+    reader = EventReader()
+    pieces = [stream[at : at + size] for at in range(0, len(stream), size)]
+    events = [event for piece in pieces for event in reader.feed(piece)]
+    assert [event.data for event in events] == data
