@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from stateful_sglang.api.errors import BodyTooLargeError, from_validation, response_of
 from stateful_sglang.api.responses import TurnEvents, reply_or_abort
 from stateful_sglang.api.schemas import AppendBody, Body, OpenBody
-from stateful_sglang.api.service import SessionService
+from stateful_sglang.api.service import Limits, SessionService
+from stateful_sglang.session.engine import TurnEngine
 from stateful_sglang.session.errors import SessionError
 
 _BodyT = TypeVar("_BodyT", bound=Body)
@@ -38,8 +39,9 @@ class SessionRoute(APIRoute):
         return handle
 
 
-def build_router(service: SessionService) -> APIRouter:
-    """The routes of `service`, to be included in the server's application."""
+def build_router(engine: TurnEngine, limits: Limits | None = None) -> APIRouter:
+    """The session routes over `engine`, to be included in the server's application."""
+    service = SessionService(engine, limits)
     router = APIRouter(prefix="/v1", tags=["sessions"], route_class=SessionRoute)
 
     @router.post("/sessions", status_code=201, openapi_extra=_body_docs(OpenBody))

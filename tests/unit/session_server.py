@@ -12,12 +12,12 @@ from engine_double import EngineDouble
 from fastapi import FastAPI
 
 from stateful_sglang.api.routes import build_router
-from stateful_sglang.api.service import Limits, SessionService
+from stateful_sglang.api.service import Limits
 
 
 def app_of(engine: EngineDouble, **limits: Any) -> FastAPI:
     app = FastAPI()
-    app.include_router(build_router(SessionService(engine, Limits(**limits))))
+    app.include_router(build_router(engine, Limits(**limits)))
     return app
 
 
