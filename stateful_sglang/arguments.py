@@ -6,14 +6,15 @@ Whatever the user gave wins, except where it contradicts ``--stateful on``, whic
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from stateful_sglang import device, machine, model
-from stateful_sglang.launch import DEFAULT_HOST, DEFAULT_PORT, LaunchError
 from stateful_sglang.runtime.config import PluginConfig
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,13 @@ _STATEFUL_CONFLICTS = ("disable_radix_cache", "radix_cache_backend", "enable_mix
 _OTHER_SERVERS = ("use_ray", "grpc_mode", "smg_grpc_mode", "encoder_only", "enable_http2")
 """SGLang modes that are not its Python HTTP server, which is the one this launcher starts."""
 
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 30000
+
 Setting = int | float | str | bool
+
+
+class LaunchError(Exception):
+    """Something the user can mend; the message says what was wrong, expected, and to be done."""
 
 
 def settle(ours: argparse.Namespace, theirs: list[str]) -> tuple[Any, PluginConfig]:
@@ -47,25 +54,25 @@ def settle(ours: argparse.Namespace, theirs: list[str]) -> tuple[Any, PluginConf
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    given, argv = _given(theirs)
-    _check_modes(given, config)
+    given, argv = given_arguments(theirs)
+    check_modes(given, config)
     added: dict[str, Setting] = {}
     if "model_path" not in given:
         added["model_path"] = str(_default_model(ours.cache_dir))
-    _check_port(given, added)
+    check_port(given, added)
     report = ""
     on_cpu = prepared.cpu_engine and given.get("device", "cpu") == "cpu"
     if on_cpu:
-        report = _suit_cpu(given, added)
+        report = suit_cpu(given, added)
     if config.stateful:
-        _suit_sessions(config, given, added, on_cpu)
+        suit_sessions(config, given, added, on_cpu)
     server_args = _server_args(argv + _flags(added))
     if report:
         logger.info("%s", report)
     return server_args, config
 
 
-def _given(theirs: list[str]) -> tuple[dict[str, Any], list[str]]:
+def given_arguments(theirs: list[str]) -> tuple[dict[str, Any], list[str]]:
     """What the user gave, by argument name; and the command line with a --config file merged in."""
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
@@ -92,7 +99,7 @@ class _SGLangParser(argparse.ArgumentParser):
         )
 
 
-def _check_modes(given: Mapping[str, Any], config: PluginConfig) -> None:
+def check_modes(given: Mapping[str, Any], config: PluginConfig) -> None:
     for name in _OTHER_SERVERS:
         if given.get(name):
             raise LaunchError(
@@ -116,7 +123,7 @@ def _default_model(cache_dir: Path | None) -> Path:
         raise LaunchError(str(error)) from error
 
 
-def _check_port(given: Mapping[str, Any], added: dict[str, Setting]) -> None:
+def check_port(given: Mapping[str, Any], added: dict[str, Setting]) -> None:
     host, port = given.get("host", DEFAULT_HOST), given.get("port", DEFAULT_PORT)
     if "host" not in given:
         added["host"] = DEFAULT_HOST
@@ -128,13 +135,13 @@ def _check_port(given: Mapping[str, Any], added: dict[str, Setting]) -> None:
         )
 
 
-def _suit_cpu(given: Mapping[str, Any], added: dict[str, Setting]) -> str:
+def suit_cpu(given: Mapping[str, Any], added: dict[str, Setting]) -> str:
     """Add CPU settings, set the thread count of the processes to come, and describe both."""
     path = str(given.get("model_path") or added["model_path"])
     dtype = str(given.get("dtype", "bfloat16"))
     try:
         shape = device.model_shape(
-            _model_config(path), _stored_bytes(path), "bfloat16" if dtype == "auto" else dtype
+            model_config(path), _stored_bytes(path), "bfloat16" if dtype == "auto" else dtype
         )
     except KeyError as error:
         raise LaunchError(
@@ -160,10 +167,21 @@ def _suit_cpu(given: Mapping[str, Any], added: dict[str, Setting]) -> str:
     for name, choice in choices.items():
         if name != "threads" and name not in given:
             added[name] = choice.value
-    return device.describe(choices, given, here)
+    return f"{device.describe(choices, given, here)}\n{_kernels()}"
 
 
-def _model_config(path: str) -> Mapping[str, Any]:
+def _kernels() -> str:
+    """Compile the kernels if this is their first time, and say which ones will run."""
+    from stateful_sglang.cpu import extension
+
+    if os.environ.get(extension.ISA_ENV) != "off":
+        with contextlib.suppress(extension.BuildError):  # `status` gives the reason and the remedy
+            extension.build(lambda line: print(line, file=sys.stderr, flush=True))
+    status = extension.status()
+    return f"  {'kernels':<24}{status.isa or 'none, slower':<14}{status.detail}"
+
+
+def model_config(path: str) -> Mapping[str, Any]:
     from transformers import PretrainedConfig
 
     is_local = os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") != 1
@@ -197,7 +215,7 @@ def _stored_bytes(path: str) -> int | None:
     return None
 
 
-def _suit_sessions(
+def suit_sessions(
     config: PluginConfig, given: Mapping[str, Any], added: dict[str, Setting], on_cpu: bool
 ) -> None:
     """Add what sessions and drafts need SGLang to be told.

@@ -49,6 +49,8 @@ class ModelShape:
     kv_bytes_per_token: int
     max_context: int
     """Positions the model was made for."""
+    sliding_window: bool = False
+    """Some layers see a window of the context only."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def choose(machine: Machine, model: ModelShape, wanted: Wanted) -> dict[str, Cho
     """
     pool = _pool_tokens(machine, model, wanted)
     context = _context_length(model, wanted, pool)
-    return {
+    choices = {
         "threads": _threads(machine, model, wanted),
         "device": Choice("cpu", "no accelerator was found"),
         "attention_backend": Choice(
@@ -93,6 +95,11 @@ def choose(machine: Machine, model: ModelShape, wanted: Wanted) -> dict[str, Cho
             0.95, "the pool is set in tokens; this only has to exceed it"
         ),
     }
+    if model.sliding_window:
+        choices["disable_hybrid_swa_memory"] = Choice(
+            True, "one pool for all layers; attention applies the window"
+        )
+    return choices
 
 
 def model_shape(config: Mapping[str, Any], stored_bytes: int | None, dtype: str) -> ModelShape:
@@ -107,8 +114,9 @@ def model_shape(config: Mapping[str, Any], stored_bytes: int | None, dtype: str)
         KeyError: The configuration lacks a field that every decoder has.
     """
     text = config.get("text_config") or config
-    layers, hidden = int(text["num_hidden_layers"]), int(text["hidden_size"])
-    heads = int(text["num_attention_heads"])
+    layers = _field(text, "num_hidden_layers", "n_layer", "num_layers")
+    hidden = _field(text, "hidden_size", "n_embd", "d_model")
+    heads = _field(text, "num_attention_heads", "n_head", "num_heads")
     kv_heads = int(text.get("num_key_value_heads") or heads)
     head_dim = int(text.get("head_dim") or hidden // heads)
     width = _dtype_bytes(dtype)
@@ -122,13 +130,21 @@ def model_shape(config: Mapping[str, Any], stored_bytes: int | None, dtype: str)
     return ModelShape(
         weight_bytes=weights,
         kv_bytes_per_token=2 * layers * kv_heads * head_dim * width,
-        max_context=int(text.get("max_position_embeddings") or 2048),
+        max_context=int(text.get("max_position_embeddings") or text.get("n_positions") or 2048),
+        sliding_window=bool(text.get("sliding_window") or text.get("attention_chunk_size")),
     )
 
 
 def describe(choices: Mapping[str, Choice], given: Mapping[str, Any], machine: Machine) -> str:
     """One readable block: every setting, its value, and why; what the user gave is marked."""
-    lines = [
+    lines = []
+    threads = given.get("threads", choices["threads"].value)
+    if machine.load > machine.cores and threads > 1:
+        lines.append(
+            f"{machine.load:.0f} other processes compete for {machine.cores} cores: the server's "
+            "threads will wait for each other. OMP_NUM_THREADS=1 is faster while that lasts."
+        )
+    lines += [
         f"No accelerator: CPU settings for {machine.cores} cores and "
         f"{machine.free_memory / _GIB:.1f} GiB of free memory"
     ]
@@ -141,23 +157,22 @@ def describe(choices: Mapping[str, Choice], given: Mapping[str, Any], machine: M
 
 def _pool_tokens(machine: Machine, model: ModelShape, wanted: Wanted) -> Choice:
     fixed = model.weight_bytes + PROCESS_OVERHEAD
-    # Loading holds one tensor twice at a time; the largest is a small part of the weights.
     spare = machine.free_memory - fixed
-    need = wanted.max_total_tokens or MIN_CONTEXT
+    need = wanted.max_total_tokens or wanted.context_length or MIN_CONTEXT
     if spare < need * model.kv_bytes_per_token:
         raise NotEnoughMemoryError(
             f"too little memory: the model's weights take {model.weight_bytes / _GIB:.1f} GiB, the "
             f"server's processes {PROCESS_OVERHEAD / _GIB:.1f} GiB and {need} tokens of KV "
             f"{need * model.kv_bytes_per_token / _GIB:.2f} GiB, but only "
             f"{machine.free_memory / _GIB:.1f} GiB are free. Free some memory, or serve a smaller "
-            "model" + (" or a smaller --max-total-tokens." if wanted.max_total_tokens else ".")
+            "model" + (" or a shorter context." if need > MIN_CONTEXT else ".")
         )
     if wanted.max_total_tokens is not None:
         return Choice(wanted.max_total_tokens, "given")
     context = wanted.context_length or model.max_context
-    fitting = max(int(spare * POOL_SHARE) // model.kv_bytes_per_token, MIN_CONTEXT)
+    fitting = max(int(spare * POOL_SHARE) // model.kv_bytes_per_token, need)
     tokens = min(fitting, max(POOL_TOKENS, POOL_CONTEXTS * context))
-    rounded = max(tokens // _POOL_ROUNDING * _POOL_ROUNDING, MIN_CONTEXT)
+    rounded = max(tokens // _POOL_ROUNDING * _POOL_ROUNDING, need)
     size = rounded * model.kv_bytes_per_token / _GIB
     reason = (
         f"{rounded / context:.0f} full contexts, {size:.2f} GiB"
@@ -199,6 +214,13 @@ def _threads(machine: Machine, model: ModelShape, wanted: Wanted) -> Choice:
     return Choice(
         available, "every physical core" if not spared else f"{spared} left to HTTP and tokenizer"
     )
+
+
+def _field(config: Mapping[str, Any], *names: str) -> int:
+    for name in names:
+        if config.get(name):
+            return int(config[name])
+    raise KeyError(names[0])
 
 
 def _dtype_bytes(dtype: str) -> int:

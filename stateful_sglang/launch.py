@@ -16,18 +16,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stateful_sglang import SGLANG_VERSION
+from stateful_sglang import SGLANG_VERSION, arguments
+from stateful_sglang.arguments import DEFAULT_HOST, DEFAULT_PORT, LaunchError
 from stateful_sglang.runtime.config import PluginConfig
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 30000
 EXIT_UNUSABLE = 2
 """Exit status when the server was not started because something the user can mend is wrong."""
-
-
-class LaunchError(Exception):
-    """Something the user can mend; the message says what was wrong, expected, and to be done."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -114,8 +110,6 @@ def configure(ours: argparse.Namespace, theirs: list[str]) -> tuple[Any, PluginC
         LaunchError: The machine, the model or an argument will not do.
     """
     require_sglang()
-    from stateful_sglang import arguments
-
     return arguments.settle(ours, theirs)
 
 

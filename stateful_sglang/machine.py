@@ -19,11 +19,13 @@ class Machine(NamedTuple):
     """Physical cores this process may use, within its affinity and CPU quota."""
     free_memory: int
     """Bytes that can be taken without swapping, within the container's limit."""
+    load: float = 0.0
+    """Runnable processes of others, averaged over the last minute."""
 
 
 def probe() -> Machine:
     """Look at this machine as it is now."""
-    return Machine(cores=usable_cores(), free_memory=free_memory())
+    return Machine(usable_cores(), free_memory(), psutil.getloadavg()[0])
 
 
 def usable_cores() -> int:
@@ -45,11 +47,13 @@ def free_memory() -> int:
 
 def port_problem(host: str, port: int) -> str | None:
     """Why a server could not listen at this address, or None where it can."""
+    if not 0 <= port <= 65535:
+        return "a port is a number up to 65535"
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except (socket.gaierror, OverflowError) as error:
+    except socket.gaierror as error:
         return f"{host}:{port} is no address to listen on: {error}"
     with socket.socket(family, kind, proto) as probe_socket:
         probe_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

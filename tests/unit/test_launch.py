@@ -1,0 +1,181 @@
+"""Start-up errors: one clear message and exit status 2, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stateful_sglang import arguments, launch
+from stateful_sglang.arguments import LaunchError
+from stateful_sglang.cpu.platform import prepare
+from stateful_sglang.runtime.config import PluginConfig
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    """A model's folder with nothing but a configuration."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "vocab_size": 100,
+        "intermediate_size": 128,
+        "max_position_embeddings": 2048,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("budget", ["-0.1", "1.5", "nan"])
+def test_a_pin_budget_out_of_range_names_the_range(budget: str) -> None:
+    with pytest.raises(LaunchError, match="between 0 and 1"):
+        launch.parse(["--pin-budget", budget])
+
+
+def test_no_drafts_at_all_is_another_flag() -> None:
+    with pytest.raises(LaunchError, match="--draft off"):
+        launch.parse(["--max-draft", "0"])
+
+
+def test_a_value_that_is_no_number_is_refused() -> None:
+    with pytest.raises(LaunchError, match="--pin-budget"):
+        launch.parse(["--pin-budget", "half"])
+
+
+def test_other_arguments_are_sglangs_in_their_order() -> None:
+    ours, theirs = launch.parse(["--port", "1", "--stateful", "off", "--tp", "2", "--log-level=x"])
+    assert ours.stateful == "off"
+    assert theirs == ["--port", "1", "--tp", "2", "--log-level=x"]
+
+
+def test_another_sglang_is_refused_by_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.metadata, "version", lambda name: "0.5.9")
+    with pytest.raises(LaunchError, match=r"SGLang 0\.5\.9 is installed.*exactly 0\.5\.21"):
+        launch.require_sglang()
+
+
+def test_the_launcher_exits_with_status_2_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main(["--pin-budget", "2"]) == launch.EXIT_UNUSABLE
+    assert capsys.readouterr().err.startswith("stateful_sglang: --pin-budget is 2.0")
+
+
+def test_started_as_a_module_it_prints_no_traceback() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "stateful_sglang.launch", "--frobnicate"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == launch.EXIT_UNUSABLE, ran.stderr
+    assert "stateful_sglang: unrecognized arguments: --frobnicate" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(LaunchError, match=f"cannot listen on 127.0.0.1:{port}.*--port"):
+            arguments.check_port({"port": port}, {})
+
+
+def test_a_free_port_is_bound_to_this_machine_only_unless_told_otherwise() -> None:
+    added: dict[str, arguments.Setting] = {}
+    arguments.check_port({"port": 0}, added)
+    assert added == {"host": "127.0.0.1"}
+    added.clear()
+    arguments.check_port({"port": 0, "host": "0.0.0.0"}, added)
+    assert added == {}
+
+
+def test_a_port_that_is_none_is_refused() -> None:
+    with pytest.raises(LaunchError, match=r"127\.0\.0\.1:70000"):
+        arguments.check_port({"port": 70000}, {})
+
+
+@pytest.mark.parametrize("given", [{"disable_radix_cache": True}, {"radix_cache_backend": "other"}])
+def test_what_contradicts_sessions_is_refused(given: dict[str, object]) -> None:
+    with pytest.raises(LaunchError, match="--stateful off"):
+        arguments.check_modes(given, PluginConfig(stateful=True))
+    arguments.check_modes(given, PluginConfig(stateful=False))
+
+
+def test_another_kind_of_server_is_refused() -> None:
+    with pytest.raises(LaunchError, match="--use-ray"):
+        arguments.check_modes({"use_ray": True}, PluginConfig())
+
+
+def test_a_model_path_that_does_not_exist_is_named() -> None:
+    with pytest.raises(LaunchError, match="--model-path /nowhere/model does not exist"):
+        arguments.model_config("/nowhere/model")
+
+
+def test_a_model_without_a_configuration_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"no .*config\.json"):
+        arguments.model_config(str(tmp_path))
+
+
+def test_too_little_memory_says_how_much_is_needed(model_dir: Path) -> None:
+    with pytest.raises(LaunchError, match=r"too little memory.*GiB are free"):
+        arguments.suit_cpu({"model_path": str(model_dir), "max_total_tokens": 10**12}, {})
+
+
+def test_cpu_settings_leave_alone_what_was_given(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    added: dict[str, arguments.Setting] = {}
+    report = arguments.suit_cpu({"model_path": str(model_dir), "context_length": 2000}, added)
+    assert "context_length" not in added
+    assert added["attention_backend"] == "torch_native"
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+    assert "2000" in report
+
+
+def test_sessions_bring_their_tree_and_their_drafts() -> None:
+    added: dict[str, arguments.Setting] = {}
+    arguments.suit_sessions(PluginConfig(stateful=True, max_draft=6), {}, added, on_cpu=True)
+    assert added["radix_cache_backend"] == "cardinal"
+    assert added["speculative_algorithm"] == "PROMPT_LOOKUP"
+    assert added["speculative_num_draft_tokens"] == 7
+    assert added["disable_overlap_schedule"] is True
+
+
+@pytest.mark.parametrize(
+    ("config", "given"),
+    [
+        (PluginConfig(stateful=True, draft="off"), {}),
+        (PluginConfig(stateful=True), {"speculative_algorithm": "EAGLE"}),
+    ],
+)
+def test_no_lookup_drafts_where_they_are_off_or_another_drafter_was_asked_for(
+    config: PluginConfig, given: dict[str, object]
+) -> None:
+    added: dict[str, arguments.Setting] = {}
+    arguments.suit_sessions(config, given, added, on_cpu=True)
+    assert "speculative_algorithm" not in added
+
+
+def test_a_config_file_counts_as_given(tmp_path: Path) -> None:
+    prepare()
+    file = tmp_path / "server.yaml"
+    file.write_text("context-length: 512\ndisable-radix-cache: true\n")
+    given, argv = arguments.given_arguments(["--config", str(file), "--port", "31000"])
+    assert (given["context_length"], given["port"]) == (512, 31000)
+    assert "model_path" not in given
+    assert "--config" not in argv
+
+
+def test_an_unknown_argument_is_named() -> None:
+    prepare()
+    with pytest.raises(LaunchError, match="--frobnicate"):
+        arguments.given_arguments(["--frobnicate"])
