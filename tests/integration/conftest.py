@@ -1,0 +1,23 @@
+"""One real server for all tests that only need a server."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+
+import pytest
+
+from bench.server import Server, serve
+
+ARGUMENTS_ENV = "STATEFUL_SGLANG_TEST_SERVER_ARGS"
+"""Arguments of the server under test, as on a command line."""
+DEFAULT_ARGUMENTS = "--dtype float32 --context-length 4096"
+"""In float32 the same prompt gives the same greedy answer, however it was cut into turns."""
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A server of the default model on a free port, ended by its own process id."""
+    with serve(*shlex.split(os.environ.get(ARGUMENTS_ENV, DEFAULT_ARGUMENTS))) as running:
+        yield running
