@@ -24,8 +24,47 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core import UnifiedTreeCore
 
 from stateful_sglang.prefix.paths import SessionPaths
 from stateful_sglang.prefix.policy import EvictionClass, EvictionKey, EvictionQueue, eviction_key
+from stateful_sglang.runtime.attachments import Attachment
 
 logger = logging.getLogger(__name__)
+
+_CACHE = "sglang.srt.mem_cache.unified_cache"
+_CORE = f"{_CACHE}.unified_tree_core.UnifiedTreeCore"
+_FULL = f"{_CACHE}.components.full.FullComponent"
+ATTACHMENTS = (
+    Attachment(f"{_CORE}.reset", "subclass", "the node arena and the set of evictable leaves"),
+    Attachment(f"{_CORE}._new_node", "subclass", "nodes carry cardinality and pins"),
+    Attachment(
+        f"{_CORE}._split_node", "subclass", "both parts keep the counts and the time of last use"
+    ),
+    Attachment(
+        f"{_CORE}._update_evictable_leaf_sets",
+        "subclass",
+        "the one place that makes a node evictable: it enters the eviction queue there",
+    ),
+    Attachment(
+        f"{_CORE}._remove_leaf_from_parent",
+        "subclass",
+        "the one place that deletes a node: its sessions end above it",
+    ),
+    Attachment(f"{_CORE}._match_post_processor", "subclass", "recency rises along a matched path"),
+    Attachment(f"{_CORE}._insert_walk_step", "subclass", "recency rises along an inserted path"),
+    Attachment(f"{_CORE}.evict_device_leaf", "subclass", "deletes or demotes the node we selected"),
+    Attachment(f"{_FULL}.evict_component", "subclass", "counts evicted tokens by class"),
+    Attachment(f"{_FULL}._evict_device_start", "subclass", "replaced: no scan of all leaves"),
+    Attachment(f"{_FULL}._evict_device_next_node", "subclass", "replaced: our order of eviction"),
+    Attachment(
+        f"{_FULL}._evict_device_end", "subclass", "replaced: what was not evicted is queued again"
+    ),
+    Attachment(
+        f"{_FULL}.release_component_lock", "subclass", "an unlocked leaf becomes evictable again"
+    ),
+    Attachment(
+        f"{_CACHE}.components.base.TreeComponent.reset_session_state",
+        "subclass",
+        "called on start and flush: paths and queue start anew",
+    ),
+)
 
 _NEVER = -1.0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -67,6 +67,10 @@ class EvictionQueue:
 
     def __len__(self) -> int:
         return len(self._queued)
+
+    def __iter__(self) -> Iterator[int]:
+        """The items waiting, in no order."""
+        return iter(self._queued)
 
     def queued_key(self, item: int) -> EvictionKey | None:
         """The key under which an item waits: at most its key now."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.base_prefix_cache import (
     InsertParams,
     InsertResult,
@@ -34,6 +35,7 @@ from sglang.srt.mem_cache.unified_cache.tree_core_registry import (
 )
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from stateful_sglang.prefix import component
 from stateful_sglang.prefix.component import CardinalFullComponent, CardinalNode, CardinalTreeCore
 from stateful_sglang.prefix.policy import pin_budget_tokens
 from stateful_sglang.runtime.attachments import Attachment
@@ -42,10 +44,9 @@ BACKEND = "cardinal"
 """Name under which the tree and its core are registered with SGLang."""
 
 _CACHE = "sglang.srt.mem_cache"
-_CORE = f"{_CACHE}.unified_cache.unified_tree_core.UnifiedTreeCore"
-_FULL = f"{_CACHE}.unified_cache.components.full.FullComponent"
 _TREE = f"{_CACHE}.unified_radix_cache.UnifiedRadixCache"
 ATTACHMENTS = (
+    *component.ATTACHMENTS,
     Attachment(
         f"{_CACHE}.registry.register_radix_cache_backend",
         "registry",
@@ -85,43 +86,6 @@ ATTACHMENTS = (
         "subclass",
         "a turn that ended well moves its session's leaf to where its first insert ended",
     ),
-    Attachment(f"{_TREE}.insert", "subclass", "reports the leaf an insert ended on"),
-    Attachment(f"{_TREE}.on_release", "subclass", "what a failed turn left in the tree is dead"),
-    Attachment(f"{_TREE}.sanity_check", "subclass", "SGLang's own part of the integrity check"),
-    Attachment(f"{_TREE}._evict_components", "subclass", "drives our component's eviction walk"),
-    Attachment(f"{_TREE}._reset_full", "subclass", "a flush resets the components' session state"),
-    Attachment(f"{_CORE}.reset", "subclass", "the node arena and the set of evictable leaves"),
-    Attachment(f"{_CORE}._new_node", "subclass", "nodes carry cardinality and pins"),
-    Attachment(
-        f"{_CORE}._split_node", "subclass", "both parts keep the counts and the time of last use"
-    ),
-    Attachment(
-        f"{_CORE}._update_evictable_leaf_sets",
-        "subclass",
-        "the one place that makes a node evictable: it enters the eviction queue there",
-    ),
-    Attachment(
-        f"{_CORE}._remove_leaf_from_parent",
-        "subclass",
-        "the one place that deletes a node: its sessions end above it",
-    ),
-    Attachment(f"{_CORE}._match_post_processor", "subclass", "recency rises along a matched path"),
-    Attachment(f"{_CORE}._insert_walk_step", "subclass", "recency rises along an inserted path"),
-    Attachment(f"{_CORE}.evict_device_leaf", "subclass", "deletes or demotes the node we selected"),
-    Attachment(f"{_FULL}.evict_component", "subclass", "counts evicted tokens by class"),
-    Attachment(f"{_FULL}._evict_device_start", "subclass", "replaced: no scan of all leaves"),
-    Attachment(f"{_FULL}._evict_device_next_node", "subclass", "replaced: our order of eviction"),
-    Attachment(
-        f"{_FULL}._evict_device_end", "subclass", "replaced: what was not evicted is queued again"
-    ),
-    Attachment(
-        f"{_FULL}.release_component_lock", "subclass", "an unlocked leaf becomes evictable again"
-    ),
-    Attachment(
-        f"{_CACHE}.unified_cache.components.base.TreeComponent.reset_session_state",
-        "subclass",
-        "called on start and flush: paths and queue start anew",
-    ),
     Attachment(
         "sglang.srt.managers.schedule_batch.Req.output_ids_through_stop",
         "subclass",
@@ -132,6 +96,11 @@ ATTACHMENTS = (
         "subclass",
         "NaN logits finish as a matched string, which we don't commit",
     ),
+    Attachment(f"{_TREE}.insert", "subclass", "reports the leaf an insert ended on"),
+    Attachment(f"{_TREE}.on_release", "subclass", "what a failed turn left in the tree is dead"),
+    Attachment(f"{_TREE}.sanity_check", "subclass", "SGLang's own part of the integrity check"),
+    Attachment(f"{_TREE}._evict_components", "subclass", "drives our component's eviction walk"),
+    Attachment(f"{_TREE}._reset_full", "subclass", "a flush resets the components' session state"),
 )
 
 
@@ -249,8 +218,8 @@ class CardinalPrefixTree(UnifiedRadixCache):
             super().insert_req(req, up_to=up_to, **kwargs)
             return
         if not _ended_well(req):
-            for component in self._components_tuple:
-                component.cleanup_after_caching_req(req, is_finished=True)
+            for each in self._components_tuple:
+                each.cleanup_after_caching_req(req, is_finished=True)
             return
         committed = len(req.origin_input_ids) + len(req.output_ids_through_stop)
         # A hybrid's recurrent state stands for exactly up_to tokens: there only the leaf is cut.
@@ -355,6 +324,9 @@ class CardinalPrefixTree(UnifiedRadixCache):
             queued = self._full.queue.queued_key(node.id)
             if queued is None or queued > node.eviction_key:
                 wrong.append(f"node {node.id}: queued as {queued}, but is {node.eviction_key}")
+        gone = [node for node in self._full.queue if self.tree_core.find(node) is None]
+        if gone:
+            wrong.append(f"the eviction queue holds nodes that left the tree: {gone}")
         if wrong:
             raise TreeIntegrityError("the cardinal prefix tree is broken:\n  " + "\n  ".join(wrong))
         self.sanity_check()
@@ -393,8 +365,6 @@ def _create(ctx: TreeCacheBuildContext, *, pin_budget: float) -> CardinalPrefixT
 
 def _ended_well(req: Any) -> bool:
     """Whether a finished request's output becomes part of its session's transcript."""
-    from sglang.srt.managers.schedule_batch import FINISH_ABORT  # imports this room's base classes
-
     reason = req.finished_reason
     if reason is None or isinstance(reason, FINISH_ABORT):
         return False

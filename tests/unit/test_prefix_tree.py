@@ -70,6 +70,31 @@ def test_a_session_that_rolled_back_and_branched_counts_once_on_the_trunk() -> N
     assert rig.cached([1, 2, 8, 8]) == 4
 
 
+def test_moving_to_a_branch_leaves_the_trunk_alone() -> None:
+    rig = Rig()
+    rig.turn("a", [], [1, 2, 3, 4], [5, 6])
+    touched: set[int] = set()
+    enter = rig.tree._paths._enter
+    rig.tree._paths._enter = lambda node, pinned: (touched.add(node.id), enter(node, pinned))
+    req = rig.start([1, 2, 8, 8], "a", 2)
+    rig.decode(req, [9])
+    rig.finish(req)
+    trunk, tail = rig.tree.session_path("a")
+    assert (trunk.tokens, tail.tokens) == (2, 2)
+    assert touched == {tail.id}
+
+
+def test_a_dead_tail_stays_dead_when_it_is_cut() -> None:
+    rig = Rig()
+    rig.turn("a", [], [1, 2, 3, 4, 5, 6], [7])
+    rig.tree.release_session_leaf("a")
+    rig.plain([40, 41, 42])
+    rig.plain([1, 2, 3, 50])
+    assert rig.evict(1) == 3
+    assert rig.cached([1, 2, 3, 4]) == 3
+    assert rig.tree.summary(0)["evicted_tokens"]["dead"] == 3
+
+
 def test_a_turn_that_is_queued_already_ends_at_its_base() -> None:
     rig = Rig()
     said = rig.turn("a", [], [1, 2, 3, 4], [5, 6])
@@ -185,6 +210,19 @@ def test_pins_go_to_the_most_recently_used_sessions_within_the_budget() -> None:
     rig.tree.release_session_leaf("c")
     assert rig.tree.session_path("b")[0].pinned, "a freed pin goes to who waits for one"
     rig.check()
+
+
+def test_a_session_that_lost_its_pin_goes_before_those_that_have_one() -> None:
+    rig = Rig(pool_tokens=100, pin_budget=0.1)
+    first = rig.turn("first", [], [1, 2, 3, 4], [5, 6])
+    second = rig.turn("second", [], [11, 12, 13, 14], [15, 16])
+    rig.plain([20, 21])
+    rig.evict(1)
+    rig.turn("third", [], [31, 32, 33, 34], [35, 36])
+    rig.check()
+    evict_until(rig, first, 0)
+    evict_until(rig, second, 0)
+    assert sum(node.tokens for node in rig.tree.session_path("third")) == 5
 
 
 def test_a_shared_node_counts_once_in_the_budget() -> None:
