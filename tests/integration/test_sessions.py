@@ -138,9 +138,10 @@ def test_a_lost_client_leaves_the_session_usable(server: Server, client: fronten
     with client.open() as session:
         session.append("Hello.", sampling=GREEDY)
         long = {"temperature": 0, "max_tokens": 2000, "ignore_eos": True}
-        with pytest.raises(httpx.ReadTimeout):
-            impatient = frontend.Client(server.url, timeout=0.5)
-            impatient.session(session.id).append("Go on for ever.", sampling=long)
+        with frontend.Client(server.url, timeout=0.5) as impatient:
+            leaving = impatient.session(session.id)
+            with pytest.raises(httpx.ReadTimeout):
+                leaving.append("Go on for ever.", sampling=long)
         view = _until(session.get, lambda view: not view["busy"])
         assert view["version"] == 1
         assert session.append("Still there?", sampling=GREEDY).version == 2
