@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import secrets
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from stateful_sglang.session.messages import Head, ToolCall
 
 logger = logging.getLogger(__name__)
 
+_ID_LETTERS = string.ascii_letters + string.digits
 _HERMES_CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
 
 
@@ -101,4 +103,5 @@ def _loaded(text: str) -> Any:
 
 
 def _new_id() -> str:
-    return f"call_{secrets.token_hex(12)}"
+    # Nine alphanumerics: Mistral's templates refuse every other form.
+    return "".join(secrets.choice(_ID_LETTERS) for _ in range(9))

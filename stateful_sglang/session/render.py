@@ -30,7 +30,13 @@ from stateful_sglang.session.conversation import (
 )
 from stateful_sglang.session.errors import InvalidInputError
 from stateful_sglang.session.messages import Head, Message
-from stateful_sglang.session.template import PROBE_NAME, ChatTemplate, ChatTokenizer
+from stateful_sglang.session.template import (
+    PROBE_ARGUMENT,
+    PROBE_CALL,
+    ChatTemplate,
+    ChatTokenizer,
+    TemplateRefusedError,
+)
 from stateful_sglang.session.transcript import Transcript
 
 _ANSWER = "zqanswer"
@@ -96,7 +102,12 @@ class DeltaRenderer:
             TemplateRefusedError: The template raised on the new messages.
             InvalidInputError: The template rewrites history, and the history is not all messages.
         """
-        ending = self._ending(conversation, new)
+        try:
+            ending = self._ending(conversation, new)
+        except TemplateRefusedError:
+            if conversation.raw:
+                raise
+            ending = None  # the template may mind the stand-ins alone
         ids = self._encode(ending.end_text + ending.rest) if ending else []
         if ids and ids[0] in self._end_ids and len(transcript):
             last = transcript.last()
@@ -138,9 +149,13 @@ class DeltaRenderer:
         before, kind = shape[:-1], shape[-1][-1]
         if not before or not kind.startswith("assistant"):
             return None
-        answer = stand_in(kind, _ANSWER)
-        if not self._template.knows_tool_messages:
-            answer = replace(answer, tool_calls=())  # there a call is text like any other
+        answer = replace(stand_in(kind, _ANSWER), tool_calls=())
+        if "calls" in kind and self._template.knows_tool_messages:
+            # Results in `new` answer the real calls, by number and by id.
+            calls = conversation.messages[-1].tool_calls
+            answer = replace(
+                answer, tool_calls=tuple(replace(PROBE_CALL, id=c.id, name=c.name) for c in calls)
+            )
         full = self._render(head, [*stand_ins(before), answer, *new])
         prompt = self._prompt(head, before)
         if not full.startswith(prompt):
@@ -152,7 +167,7 @@ class DeltaRenderer:
         if said >= 0 and full[len(prompt) : said].strip():
             return None  # the template put words before the answer that the prompt lacks
         # Templates write calls in ways of their own: their end is the next end token.
-        word = PROBE_NAME if answer.tool_calls else answer.content
+        word = PROBE_ARGUMENT if answer.tool_calls else answer.content
         at = full.find(word, len(prompt))
         if at < 0:
             return None

@@ -17,8 +17,9 @@ from stateful_sglang.session.messages import (
 )
 
 PROBE_NAME = "zqprobe"
-"""A word that no template contains."""
-PROBE_CALL = ToolCall(id="zq0000000", name=PROBE_NAME, arguments={"zq": "zq"})
+"""A word that no template contains, as the next one."""
+PROBE_ARGUMENT = "zqargument"
+PROBE_CALL = ToolCall(id="zq0000000", name=PROBE_NAME, arguments={"zq": PROBE_ARGUMENT})
 """Its id is nine alphanumerics: some templates insist."""
 _PROBE_TOOL: Mapping[str, Any] = {
     "type": "function",

@@ -116,7 +116,7 @@ MISTRAL = """\
 {%- set system = messages[0]['content'] -%}{%- set loop_messages = messages[1:] -%}
 {%- else -%}{%- set loop_messages = messages -%}{%- endif -%}
 {%- set users = loop_messages | selectattr('role', 'equalto', 'user') | list -%}
-{%- set ns = namespace(index=0) -%}
+{%- set ns = namespace(index=0) -%}{%- set asked = namespace(ids=[]) -%}
 {%- for m in loop_messages -%}
 {%- if not (m.role == 'tool' or (m.tool_calls is defined and m.tool_calls)) -%}
 {%- if (m['role'] == 'user') != (ns.index % 2 == 0) -%}
@@ -136,12 +136,15 @@ MISTRAL = """\
 {{- '[TOOL_CALLS] [' -}}
 {%- for call in m.tool_calls -%}
 {%- if call.id | length != 9 -%}{{- raise_exception('Tool call IDs need length 9') -}}{%- endif -%}
+{%- set asked.ids = asked.ids + [call.id] -%}
 {{- call.function | tojson -}}{%- if not loop.last -%}{{- ', ' -}}{%- endif -%}
 {%- endfor -%}
 {{- ']</s>' -}}
 {%- elif m['role'] == 'assistant' -%}
 {{- ' ' + m['content'] | trim + '</s>' -}}
 {%- elif m['role'] == 'tool' -%}
+{%- if m.tool_call_id not in asked.ids -%}
+{{- raise_exception('A tool result answers no call') -}}{%- endif -%}
 {{- '[TOOL_RESULTS] {"content": ' + m['content'] | tojson + '}[/TOOL_RESULTS]' -}}
 {%- else -%}{{- raise_exception('Only user, assistant and tool roles are supported') -}}
 {%- endif -%}

@@ -130,6 +130,16 @@ def test_tool_calls_and_results_are_appended_in_the_templates_form(
     assert chat.rewinds == [0] * 5
 
 
+def test_results_answer_the_real_calls(smollm_tokenizer: Any) -> None:
+    family = next(each for each in FAMILIES if each.name == "qwen3")
+    chat = Chat(family, family.tokenizer(smollm_tokenizer), Head(tools=(TOOL,)))
+    chat.ask(user("Read both."))
+    chat.answer("", CALL, ToolCall("call00002", "read_file", {"path": "b"}))
+    chat.ask(result("one"), Message("tool", "two", tool_call_id="call00002"))
+    assert list(chat.transcript) == chat.full()
+    assert chat.rewinds == [0, 0]
+
+
 words = st.lists(
     st.text(st.characters(categories=("L", "N"), max_codepoint=0x2FF), min_size=1, max_size=8),
     min_size=1,
