@@ -141,11 +141,12 @@ def compare(model: Path, sessions: list[Session]) -> list[Mismatch]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().to(device)
     mismatches = []
     for session in track(sessions, "transformers", transient=True):
         with torch.inference_mode():
-            logits = reference(torch.tensor([session.transcript])).logits[0]
+            logits = reference(torch.tensor([session.transcript], device=device)).logits[0]
         for position in session.generated:
             row = logits[position - 1]
             ours = session.transcript[position]
@@ -164,13 +165,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--tie", type=float, default=1e-4, help="logits closer than this are a tie")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("server", nargs="*", help="after --: more arguments of the server")
     args = parser.parse_args()
 
     from stateful_sglang.model import ensure_default_model
 
     model = ensure_default_model()
     began = time.monotonic()
-    with serve("--model-path", str(model), "--dtype", "float32") as server:
+    with serve("--model-path", str(model), "--dtype", "float32", *args.server) as server:
         sessions = play(server.url, model, args.sessions, args.seed)
     mismatches = compare(model, sessions)
     real = [m for m in mismatches if m.gap >= args.tie]
