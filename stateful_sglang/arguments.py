@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stateful_sglang import device, machine, model
 from stateful_sglang.runtime.config import PluginConfig
+
+if TYPE_CHECKING:
+    from stateful_sglang.cpu.extension import Status
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +154,9 @@ def suit_cpu(given: Mapping[str, Any], added: dict[str, Setting]) -> str:
         ) from error
     threads = os.environ.get("OMP_NUM_THREADS")
     here = machine.probe()
+    kernels = _kernels()
+    if kernels.isa is not None:
+        shape = dataclasses.replace(shape, packed_bytes=shape.weight_bytes)
     try:
         choices = device.choose(
             here,
@@ -167,18 +174,18 @@ def suit_cpu(given: Mapping[str, Any], added: dict[str, Setting]) -> str:
     for name, choice in choices.items():
         if name != "threads" and name not in given:
             added[name] = choice.value
-    return f"{device.describe(choices, given, here)}\n{_kernels()}"
+    isa = kernels.isa or "none, slower"
+    return f"{device.describe(choices, given, here)}\n  {'kernels':<24}{isa:<14}{kernels.detail}"
 
 
-def _kernels() -> str:
+def _kernels() -> Status:
     """Compile the kernels if this is their first time, and say which ones will run."""
     from stateful_sglang.cpu import extension
 
     if os.environ.get(extension.ISA_ENV) != "off":
         with contextlib.suppress(extension.BuildError):  # `status` gives the reason and the remedy
             extension.build(lambda line: print(line, file=sys.stderr, flush=True))
-    status = extension.status()
-    return f"  {'kernels':<24}{status.isa or 'none, slower':<14}{status.detail}"
+    return extension.status()
 
 
 def model_config(path: str) -> Mapping[str, Any]:

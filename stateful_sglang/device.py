@@ -15,7 +15,7 @@ from stateful_sglang.machine import Machine
 _MIB = 1 << 20
 _GIB = 1 << 30
 
-PROCESS_OVERHEAD = 2 * _GIB
+PROCESS_OVERHEAD = 5 * _GIB // 2
 """Resident size of the server's three Python processes with torch and SGLang, and activations."""
 POOL_SHARE = 0.5
 """Share of what is left after model and processes that the KV pool may take."""
@@ -51,6 +51,8 @@ class ModelShape:
     """Positions the model was made for."""
     sliding_window: bool = False
     """Some layers see a window of the context only."""
+    packed_bytes: int = 0
+    """Of the weights' second copy, in the layout of the compiled kernels; 0 without those."""
 
 
 @dataclass(frozen=True)
@@ -156,16 +158,24 @@ def describe(choices: Mapping[str, Choice], given: Mapping[str, Any], machine: M
 
 
 def _pool_tokens(machine: Machine, model: ModelShape, wanted: Wanted) -> Choice:
-    fixed = model.weight_bytes + PROCESS_OVERHEAD
+    weights = model.weight_bytes + model.packed_bytes
+    fixed = weights + PROCESS_OVERHEAD
     spare = machine.free_memory - fixed
     need = wanted.max_total_tokens or wanted.context_length or MIN_CONTEXT
     if spare < need * model.kv_bytes_per_token:
         raise NotEnoughMemoryError(
-            f"too little memory: the model's weights take {model.weight_bytes / _GIB:.1f} GiB, the "
-            f"server's processes {PROCESS_OVERHEAD / _GIB:.1f} GiB and {need} tokens of KV "
+            f"too little memory: the model's weights take {weights / _GIB:.1f} GiB, the server's "
+            f"processes {PROCESS_OVERHEAD / _GIB:.1f} GiB and {need} tokens of KV "
             f"{need * model.kv_bytes_per_token / _GIB:.2f} GiB, but only "
             f"{machine.free_memory / _GIB:.1f} GiB are free. Free some memory, or serve a smaller "
-            "model" + (" or a shorter context." if need > MIN_CONTEXT else ".")
+            "model"
+            + (" or a shorter context" if need > MIN_CONTEXT else "")
+            + (
+                ", or do without the compiled kernels' copy of the weights: "
+                "STATEFUL_SGLANG_CPU_ISA=off."
+                if model.packed_bytes
+                else "."
+            )
         )
     if wanted.max_total_tokens is not None:
         return Choice(wanted.max_total_tokens, "given")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,7 +67,7 @@ def test_a_roomy_machine_serves_the_whole_context_on_every_core() -> None:
 def test_little_memory_shrinks_pool_and_context_and_says_so() -> None:
     chosen = choose(Machine(4, 26 * GIB), llama_8b, Wanted())
     pool = chosen["max_total_tokens"].value
-    assert pool == 4 * GIB // 131_072
+    assert pool == 15 * GIB // 4 // 131_072
     assert chosen["context_length"].value == pool
     assert "131072" in chosen["context_length"].reason
 
@@ -73,6 +75,14 @@ def test_little_memory_shrinks_pool_and_context_and_says_so() -> None:
 def test_too_little_memory_names_what_is_needed_and_what_there_is() -> None:
     with pytest.raises(NotEnoughMemoryError, match=r"16\.0 GiB.*10\.0 GiB are free"):
         choose(Machine(4, 10 * GIB), llama_8b, Wanted())
+
+
+def test_the_kernels_copy_of_the_weights_counts_and_can_be_done_without() -> None:
+    machine = Machine(4, 26 * GIB)
+    packed = replace(llama_8b, packed_bytes=llama_8b.weight_bytes)
+    choose(machine, llama_8b, Wanted())
+    with pytest.raises(NotEnoughMemoryError, match=r"32\.0 GiB.*STATEFUL_SGLANG_CPU_ISA=off"):
+        choose(machine, packed, Wanted())
 
 
 def test_a_context_that_does_not_fit_is_refused_rather_than_cut() -> None:
