@@ -13,6 +13,7 @@ PURE = (
     "stateful_sglang.session.render",
     "stateful_sglang.session.store",
     "stateful_sglang.session.transcript",
+    "stateful_sglang.prefix.paths",
     "stateful_sglang.prefix.policy",
     "stateful_sglang.draft.index",
     "stateful_sglang.draft.select",
