@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stateful_sglang.cpu import abi
+from stateful_sglang.cpu import abi, ops
 from stateful_sglang.cpu.ops import ACTIVATIONS, Packed, library
 from stateful_sglang.cpu.plan import StepPlan
 
@@ -109,6 +109,7 @@ class DecoderStack:
                         f"KV pool {pool.dtype} {list(pool.shape)}: expected {self.dtype} "
                         f"[slots, {want[0]}, {want[1]}]."
                     )
+                ops.use_large_pages(pool)
             row.k_pool, row.k_slot, row.k_head = k.data_ptr(), k.stride(0), k.stride(1)
             row.v_pool, row.v_slot, row.v_head = v.data_ptr(), v.stride(0), v.stride(1)
         self._pools = pools

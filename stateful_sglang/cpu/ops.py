@@ -182,7 +182,7 @@ def pack(weight: torch.Tensor, gated: bool = False) -> Packed:
         )
     weight = _dense_last(weight, "pack: weight")
     lib, dtype = library(), _DTYPES[weight.dtype]
-    data = _huge(lib.sg_packed_bytes(dtype, cols, inner))
+    data = _arena.take(lib.sg_packed_bytes(dtype, cols, inner))
     packed = Packed(data, cols, inner, weight.dtype, gated)
     repack(packed, weight)
     return packed
@@ -206,20 +206,44 @@ def repack(packed: Packed, weight: torch.Tensor) -> None:
     )
 
 
-def _huge(size: int) -> torch.Tensor:
-    """`size` bytes in large pages where the system has them: streaming a weight then misses the
-    TLB 500 times less."""
-    page = 2 << 20
-    if size < page:
-        return torch.empty(size + 64, dtype=torch.uint8)[: size + 64]
-    raw = torch.empty(size + page, dtype=torch.uint8)
-    start = -raw.data_ptr() % page
-    with_madvise = getattr(ctypes.CDLL(None), "madvise", None)
-    if with_madvise is not None:
-        with_madvise(
-            ctypes.c_void_p(raw.data_ptr() + start), ctypes.c_size_t(size // page * page), 14
-        )
-    return raw[start : start + size]
+_PAGE = 2 << 20
+_CHUNK = 32 << 20
+_MADV_HUGEPAGE = 14
+
+
+def use_large_pages(memory: torch.Tensor) -> None:
+    """Ask the system to back `memory` with large pages; where it has none, nothing happens.
+
+    Streaming a weight then misses the TLB some hundred times less. Pages that exist already are
+    left for the kernel to put together when it finds the time.
+    """
+    start = memory.data_ptr()
+    end = start + memory.untyped_storage().nbytes() - memory.storage_offset() * memory.itemsize
+    first, last = -(-start // _PAGE) * _PAGE, end // _PAGE * _PAGE
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise is not None and last > first:
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_HUGEPAGE)
+
+
+class _Arena:
+    """Memory for packed weights, cut from chunks of large pages: most weights are less than one."""
+
+    def __init__(self) -> None:
+        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def take(self, size: int) -> torch.Tensor:
+        size = -(-size // 64) * 64
+        if self._used + size > self._chunk.numel():
+            raw = torch.empty(max(size, _CHUNK) + _PAGE, dtype=torch.uint8)
+            self._chunk = raw[-raw.data_ptr() % _PAGE :]
+            self._used = 0
+            use_large_pages(self._chunk)
+        self._used += size
+        return self._chunk[self._used - size : self._used]
+
+
+_arena = _Arena()
 
 
 def linear(

@@ -141,6 +141,33 @@ SG_INLINE void write_row(const SgAttention& a, const float* o, float l, int64_t 
     store_upto(out + d, load(o + d) * inv, a.head_dim - d);
 }
 
+// Where the keys and values of one block are.
+template <class T>
+struct BlockRows {
+  const T *k[kKeys], *v[kKeys];
+  int n = 0;
+};
+
+template <class T>
+SG_INLINE void find_rows(BlockRows<T>& rows, const SgAttention& a, const int32_t* slots,
+                         int kv_head, int64_t k0, int64_t seq) {
+  rows.n = (int)(seq - k0 < kKeys ? seq - k0 : kKeys);
+  for (int j = 0; j < rows.n; j++) {
+    const int64_t slot = slots[k0 + j];
+    rows.k[j] = (const T*)a.k_pool + slot * a.k_slot + kv_head * a.k_head;
+    rows.v[j] = (const T*)a.v_pool + slot * a.v_slot + kv_head * a.v_head;
+  }
+}
+
+template <class T>
+SG_INLINE void prefetch_rows(const BlockRows<T>& rows, int from, int to, int dim) {
+  for (int j = from; j < to && j < rows.n; j++)
+    for (int b = 0; b < dim * (int)sizeof(T); b += 64) {
+      __builtin_prefetch((const char*)rows.k[j] + b, 0, 2);
+      __builtin_prefetch((const char*)rows.v[j] + b, 0, 2);
+    }
+}
+
 template <class T>
 static void attend_item(const SgAttention& a, const SgAttnItem& it, float* partials,
                         AttnScratch<T>& sc) {
@@ -166,26 +193,26 @@ static void attend_item(const SgAttention& a, const SgAttnItem& it, float* parti
     else pack_rows(src, n, dw, sc.q + (int64_t)t * dw);
   }
 
+  // The pool's rows lie a token apart, which the hardware prefetcher does not follow for long: while
+  // one block is packed, the next one is fetched.
+  BlockRows<T> found[2];
+  BlockRows<T>& start = found[it.block0 % 2];
+  find_rows(start, a, slots, it.kv_head, (int64_t)it.block0 * kKeys, seq);
+  prefetch_rows(start, 0, kKeys, dim);
   for (int block = it.block0; block < it.block1; block++) {
     const int64_t k0 = (int64_t)block * kKeys;
-    const int n_keys = (int)(seq - k0 < kKeys ? seq - k0 : kKeys);
-    const T *k_rows[kKeys], *v_rows[kKeys];
-    for (int j = 0; j < n_keys; j++) {
-      const int64_t slot = slots[k0 + j];
-      k_rows[j] = (const T*)a.k_pool + slot * a.k_slot + it.kv_head * a.k_head;
-      v_rows[j] = (const T*)a.v_pool + slot * a.v_slot + it.kv_head * a.v_head;
-    }
-    // The pool's rows lie a token apart: nothing the hardware prefetcher follows for long.
-    for (int j = 0; j < n_keys; j++)
-      for (int b = 0; b < dim * (int)sizeof(T); b += 64) {
-        __builtin_prefetch((const char*)k_rows[j] + b);
-        __builtin_prefetch((const char*)v_rows[j] + b, 0, 2);
-      }
-    for (int j = 0; j < n_keys; j += kPanel)
-      pack_panel((const uint32_t* const*)k_rows + j, n_keys - j < kPanel ? n_keys - j : kPanel, dw,
+    const BlockRows<T>& now = found[block % 2];
+    BlockRows<T>& next = found[(block + 1) % 2];
+    next.n = 0;
+    if (block + 1 < it.block1) find_rows(next, a, slots, it.kv_head, k0 + kKeys, seq);
+    const int n_keys = now.n;
+    for (int j = 0; j < n_keys; j += kPanel) {
+      prefetch_rows(next, j, j + kPanel, dim);
+      pack_panel((const uint32_t* const*)now.k + j, n_keys - j < kPanel ? n_keys - j : kPanel, dw,
                  sc.k + (int64_t)j * dw);
+    }
     const int n_pad = round_up(n_keys, kPanel);
-    pack_values(v_rows, n_keys, n_pad, dim, sc.v);
+    pack_values(now.v, n_keys, n_pad, dim, sc.v);
 
     float* part = partials + it.partial + (int64_t)(block - it.block0) * rows * (dpad + 2);
     for (int t = 0; t < rows; t += kTileRows) {

@@ -18,6 +18,10 @@ constexpr int kTileRows = 12;  // 24 accumulators, 2 panel vectors, 32 registers
 constexpr int kTileRows = 4;
 #endif
 constexpr int kTileVecs = 2;
+#ifndef SG_AHEAD
+#define SG_AHEAD 32
+#endif
+constexpr int kAhead = SG_AHEAD;  // words ahead that a streamed panel is prefetched
 
 template <class T, int MR, int RS, int KS, bool kStream>
 SG_INLINE void tile_mr(const uint32_t* a, const uint32_t* b, int inner, float* c, int ldc) {
@@ -32,8 +36,8 @@ SG_INLINE void tile_mr(const uint32_t* a, const uint32_t* b, int inner, float* c
 #pragma GCC unroll 4
     for (int k = 0; k < inner; k++) {
       if (kStream) {
-        __builtin_prefetch(bp + 16 * kPanel, 0, 3);
-        __builtin_prefetch(bp + 16 * kPanel + 16, 0, 3);
+        __builtin_prefetch(bp + kAhead * kPanel, 0, 3);
+        __builtin_prefetch(bp + kAhead * kPanel + 16, 0, 3);
       }
       vu bv[kTileVecs];
 #pragma GCC unroll 2
