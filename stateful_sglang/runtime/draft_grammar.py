@@ -83,3 +83,11 @@ def _walk(grammar: Any, chain: list[int], mask: torch.Tensor) -> int:
 
 def _permits(words: torch.Tensor, token: int) -> bool:
     return bool((int(words[token >> 5]) >> (token & 31)) & 1)
+
+
+def spread(mask: torch.Tensor, lens: list[int], width: int) -> torch.Tensor:
+    """Rows of ragged chains at the places they have among chains of one width."""
+    spread = mask.new_full((len(lens) * width, mask.shape[1]), -1)
+    for i, block in enumerate(mask.split(lens)):
+        spread[i * width : i * width + len(block)] = block
+    return spread

@@ -19,6 +19,12 @@ ATTACHMENTS = (
     Attachment(
         "sglang.srt.speculative.spec_info.create_dummy_verify_input",
         "hook",
+        "SGLang's trial runs of the verify step use a verify input of ours",
+    ),
+    Attachment(
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner."
+        "get_spec_info",
+        "hook",
         "CUDA graphs of the verify step are captured with a verify input of ours",
     ),
 )
@@ -97,12 +103,21 @@ class LookupVerifyInput(LookupInput):
         return kv_indices, kv_offsets, query_offsets, None
 
 
-def dummy_for_capture(
+def for_trial_run(
     result: Any, spec_algorithm: Any, custom_mask: Any, num_tokens_per_req: int, *_: Any, **__: Any
 ) -> Any:
     """After-hook of ``create_dummy_verify_input``: our verify input where SGLang has none."""
+    return _ours(result, spec_algorithm, num_tokens_per_req)
+
+
+def for_capture(result: Any, runner: Any, _num_tokens: int) -> Any:
+    """After-hook of ``DecodeCudaGraphRunner.get_spec_info``: our verify input likewise."""
+    return _ours(result, runner.model_runner.spec_algorithm, runner.captured_req_width)
+
+
+def _ours(result: Any, spec_algorithm: Any, width: int) -> Any:
     from stateful_sglang.runtime.draft_spec import PromptLookup
 
     if result is None and isinstance(spec_algorithm, PromptLookup):
-        return LookupVerifyInput([], None, num_tokens_per_req)
+        return LookupVerifyInput([], None, width)
     return result

@@ -10,6 +10,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
+from stateful_sglang.cpu import platform
 from stateful_sglang.runtime import draft_input
 from stateful_sglang.runtime.attachments import Attachment
 from stateful_sglang.runtime.config import PluginConfig
@@ -17,7 +18,10 @@ from stateful_sglang.runtime.config import PluginConfig
 NAME = "PROMPT_LOOKUP"
 
 _EXTRA_LEN = "sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len"
-_DUMMY = "sglang.srt.speculative.spec_info.create_dummy_verify_input"
+_TRIAL = "sglang.srt.speculative.spec_info.create_dummy_verify_input"
+_CAPTURE = (
+    "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.get_spec_info"
+)
 ATTACHMENTS = (
     Attachment(
         "sglang.srt.speculative.spec_info.SpeculativeAlgorithm",
@@ -116,7 +120,9 @@ def register() -> None:
         return PromptLookupWorker
 
     HookRegistry.register(_EXTRA_LEN, _room_for_reservation, HookType.AFTER)
-    HookRegistry.register(_DUMMY, draft_input.dummy_for_capture, HookType.AFTER)
+    if platform.has_accelerator():
+        HookRegistry.register(_TRIAL, draft_input.for_trial_run, HookType.AFTER)
+        HookRegistry.register(_CAPTURE, draft_input.for_capture, HookType.AFTER)
 
 
 def _room_for_reservation(extra: int) -> int:

@@ -13,7 +13,6 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
 from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -24,7 +23,7 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 
 from stateful_sglang.draft.indexes import DraftIndexes
 from stateful_sglang.draft.select import CPU_COST, VerifyCost
-from stateful_sglang.runtime import draft_grammar, verify
+from stateful_sglang.runtime import draft_eligibility, draft_grammar, verify
 from stateful_sglang.runtime.attachments import Attachment
 from stateful_sglang.runtime.draft_input import LookupInput, LookupVerifyInput
 
@@ -95,7 +94,7 @@ class PromptLookupWorker(BaseSpecWorker):
         self.indexes = DraftIndexes(
             max_draft=self._width - 1, cost=FULL_WIDTH_COST if self._one_width else CPU_COST
         )
-        self._refusal = self._why_never()
+        self._refusal = draft_eligibility.why_never(self.model_runner)
         if self._refusal is not None:
             logger.warning("no drafts for this model: it has %s", self._refusal)
 
@@ -127,25 +126,15 @@ class PromptLookupWorker(BaseSpecWorker):
             return result
         chains = self._draft(batch)
         self.indexes.end_step([req.rid for req in batch.reqs])
+        always = self._must_verify()
         mask = None
-        if batch.has_grammar and any(chains):
+        if batch.has_grammar and (always or any(chains)):
             mask = draft_grammar.cut_and_mask(
                 [req.grammar for req in batch.reqs], chains, batch.sampling_info.vocab_size
             )
-        if any(chains) or self._must_verify():
+        if always or any(chains):
             return self._verify(batch, chains, mask)
         return self._decode(batch)
-
-    def _why_never(self) -> str | None:
-        """Why no request of this model can be drafted for, if so."""
-        config = self.model_runner.model_config
-        if config.model_is_mrope:
-            return "multi-dimensional positions"
-        if mambaish_config(config) is not None:
-            return "recurrent state that cannot be rolled back"
-        if self.model_runner.lora_manager is not None:
-            return "LoRA adapters"
-        return None
 
     def _must_verify(self) -> bool:
         """Whether a step without drafts is a verify step all the same.
@@ -169,7 +158,7 @@ class PromptLookupWorker(BaseSpecWorker):
         ]
 
     def _draft_request(self, req: Req, committed: int) -> list[int]:
-        if not may_draft(req):
+        if not draft_eligibility.may_draft(req):
             return []
         # One token is emitted beyond the drafts; no draft may lie behind the last one wanted, nor
         # behind the last position of the model.
@@ -209,7 +198,8 @@ class PromptLookupWorker(BaseSpecWorker):
             sampler, logits, info, positions, step.verify_lens, at_once=self._one_width
         )
         emitted = verify.sample_and_match(step.chains, step.row_starts, draw, self.emit)
-        stride = max(len(tokens) for tokens in emitted)
+        # On CUDA hidden states come back with the logits' rows, and share this stride.
+        stride = self._width if self._one_width else max(len(tokens) for tokens in emitted)
         if batch.return_logprob:
             self._add_logprobs(batch, result, step, emitted, stride)
         padded = [token for tokens in emitted for token in tokens + [0] * (stride - len(tokens))]
@@ -223,7 +213,9 @@ class PromptLookupWorker(BaseSpecWorker):
         if self._one_width:
             if mask is not None:
                 mask = mask._replace(
-                    vocab_mask=_spread(mask.vocab_mask, lens, self._width).to(self.device)
+                    vocab_mask=draft_grammar.spread(mask.vocab_mask, lens, self._width).to(
+                        self.device
+                    )
                 )
             lens = [self._width] * len(chains)
         return _Step(chains, lens, [0, *accumulate(lens)][:-1], mask)
@@ -294,29 +286,3 @@ class PromptLookupWorker(BaseSpecWorker):
 def pending_tokens(batch: ScheduleBatch) -> list[int]:
     """The last token of each request, which has no KV yet."""
     return [req.output_ids[-1] for req in batch.reqs]
-
-
-def may_draft(req: Req) -> bool:
-    """Whether a request's tokens may be verified in one step without changing what it says.
-
-    Penalties and custom processors change with every token, and SGLang counts one token a step.
-    """
-    sampling = req.sampling_params
-    return (
-        sampling.frequency_penalty == 0.0
-        and sampling.presence_penalty == 0.0
-        and sampling.repetition_penalty == 1.0
-        and len(req.output_ids) >= sampling.min_new_tokens
-        and req.custom_logit_processor is None
-        and req.input_embeds is None
-        and req.multimodal_inputs is None
-        and not req.return_routed_experts
-    )
-
-
-def _spread(mask: torch.Tensor, lens: list[int], width: int) -> torch.Tensor:
-    """Rows of ragged chains at the places they have among chains of one width."""
-    spread = mask.new_full((len(lens) * width, mask.shape[1]), -1)
-    for i, block in enumerate(mask.split(lens)):
-        spread[i * width : i * width + len(block)] = block
-    return spread

@@ -15,8 +15,7 @@ prepare()
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar  # noqa: E402
 from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo  # noqa: E402
 
-from stateful_sglang.runtime.draft_grammar import cut_and_mask  # noqa: E402
-from stateful_sglang.runtime.draft_worker import _spread  # noqa: E402
+from stateful_sglang.runtime.draft_grammar import cut_and_mask, spread  # noqa: E402
 
 VOCAB = 49_152
 SCHEMA = {
@@ -123,5 +122,5 @@ def test_a_batch_without_grammars_has_no_mask() -> None:
 
 def test_masks_of_ragged_chains_find_their_rows_among_chains_of_one_width() -> None:
     ragged = torch.arange(1, 7, dtype=torch.int32).view(6, 1)
-    spread = _spread(ragged, [1, 3, 2], 4)
-    assert spread.view(-1).tolist() == [1, -1, -1, -1, 2, 3, 4, -1, 5, 6, -1, -1]
+    rows = spread(ragged, [1, 3, 2], 4)
+    assert rows.view(-1).tolist() == [1, -1, -1, -1, 2, 3, 4, -1, 5, 6, -1, -1]

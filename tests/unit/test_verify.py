@@ -162,17 +162,18 @@ def chi_square_p(counts: Counter[tuple[int, ...]], probs: np.ndarray) -> float:
     return float(stats.chisquare(observed, expected).pvalue)
 
 
-@pytest.mark.parametrize("at_once", [False, True], ids=["along the path", "at once"])
 @pytest.mark.parametrize(
-    "setting",
+    ("setting", "at_once"),
     [
-        Settings(),
-        Settings(temperature=0.7),
-        Settings(top_p=0.8),
-        Settings(top_k=3),
-        Settings(min_p=0.2),
-        Settings(temperature=1.3, top_p=0.9, top_k=4, min_p=0.1),
-        Settings(bias=(0.0, -2.0, 1.0, 0.0, 0.5, 0.0)),
+        (Settings(), False),
+        (Settings(), True),
+        (Settings(temperature=0.7), False),
+        (Settings(top_p=0.8), False),
+        (Settings(top_k=3), False),
+        (Settings(min_p=0.2), False),
+        (Settings(temperature=1.3, top_p=0.9, top_k=4, min_p=0.1), False),
+        (Settings(temperature=1.3, top_p=0.9, top_k=4, min_p=0.1), True),
+        (Settings(bias=(0.0, -2.0, 1.0, 0.0, 0.5, 0.0)), False),
     ],
     ids=str,
 )
