@@ -24,8 +24,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
-_STATEFUL_CONFLICTS = ("disable_radix_cache", "radix_cache_backend", "enable_mixed_chunk")
-_OTHER_SERVERS = ("use_ray", "grpc_mode", "smg_grpc_mode", "encoder_only", "enable_http2")
+_OWN_TREE = "sessions keep their KV in a prefix tree of their own"
+_STATEFUL_CONFLICTS = {
+    "disable_radix_cache": _OWN_TREE,
+    "radix_cache_backend": _OWN_TREE,
+    "enable_mixed_chunk": "a batch that mixes prompts and decoding cannot verify drafts",
+    "skip_tokenizer_init": "the session routes render and tokenise messages",
+    "tokenizer_worker_num": "one process owns the sessions' versions",
+    "dp_size": "a session's KV lies with one scheduler, which requests would miss",
+}
+"""Arguments that sessions exclude, with the reason; numbers exclude them above 1."""
+_OTHER_SERVERS = ("use_ray", "grpc_mode", "smg_grpc_mode", "encoder_only")
 """SGLang modes that are not its Python HTTP server, which is the one this launcher starts."""
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 30000
@@ -63,6 +72,8 @@ def settle(ours: argparse.Namespace, theirs: list[str]) -> tuple[Any, PluginConf
     added: dict[str, Setting] = {}
     if "model_path" not in given:
         added["model_path"] = str(_default_model(ours.cache_dir))
+    else:
+        check_model(given["model_path"], given.get("load_format", "auto"))
     check_port(given, added)
     report = ""
     on_cpu = prepared.cpu_engine and given.get("device", "cpu") == "cpu"
@@ -104,6 +115,11 @@ class _SGLangParser(argparse.ArgumentParser):
 
 
 def check_modes(given: Mapping[str, Any], config: PluginConfig) -> None:
+    """Refuse arguments that ask for another kind of server, or contradict sessions.
+
+    Raises:
+        LaunchError: Names the argument and the reason.
+    """
     for name in _OTHER_SERVERS:
         if given.get(name):
             raise LaunchError(
@@ -112,11 +128,12 @@ def check_modes(given: Mapping[str, Any], config: PluginConfig) -> None:
             )
     if not config.stateful:
         return
-    for name in _STATEFUL_CONFLICTS:
-        if given.get(name):
+    for name, reason in _STATEFUL_CONFLICTS.items():
+        value = given.get(name)
+        if value is True or value not in (None, False, 1):
             raise LaunchError(
-                f"{_flag(name)} cannot be combined with sessions, which keep their KV in a prefix "
-                "tree of their own. Leave it out, or add --stateful off"
+                f"{_flag(name)} cannot be combined with sessions: {reason}. Leave it out, or add "
+                "--stateful off"
             )
 
 
@@ -128,6 +145,11 @@ def _default_model(cache_dir: Path | None) -> Path:
 
 
 def check_port(given: Mapping[str, Any], added: dict[str, Setting]) -> None:
+    """Settle the host, and look whether the server could listen at host and port.
+
+    Raises:
+        LaunchError: It could not.
+    """
     host, port = given.get("host", DEFAULT_HOST), given.get("port", DEFAULT_PORT)
     if "host" not in given:
         added["host"] = DEFAULT_HOST
@@ -136,6 +158,28 @@ def check_port(given: Mapping[str, Any], added: dict[str, Setting]) -> None:
         raise LaunchError(
             f"cannot listen on {host}:{port}: {problem}. Stop what is using the port, or choose "
             "another with --port"
+        )
+
+
+def check_model(path: str, load_format: str) -> None:
+    """Look whether a local model is there, with weights; names of the hub are left to SGLang.
+
+    Raises:
+        LaunchError: It is not.
+    """
+    if "://" in path:
+        return
+    is_local = os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") != 1
+    if is_local and not Path(path).exists():
+        raise LaunchError(
+            f"--model-path {path} does not exist; expected a folder with config.json, tokenizer "
+            "and weights, or the name of a model on the Hugging Face hub. Leave it out to serve "
+            "the embedded default model"
+        )
+    if Path(path).is_dir() and _stored_bytes(path) is None and load_format != "dummy":
+        raise LaunchError(
+            f"--model-path {path} holds no weights; expected {' or '.join(_WEIGHT_FILES)}. Copy "
+            "them there, or download the model again"
         )
 
 
@@ -152,7 +196,7 @@ def suit_cpu(given: Mapping[str, Any], added: dict[str, Setting]) -> str:
             f"--model-path {path}: its config.json has no {error}; expected the configuration of a "
             "decoder language model"
         ) from error
-    threads = os.environ.get("OMP_NUM_THREADS")
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     here = machine.probe()
     kernels = _kernels()
     if kernels.isa is not None:
@@ -165,12 +209,13 @@ def suit_cpu(given: Mapping[str, Any], added: dict[str, Setting]) -> str:
                 context_length=given.get("context_length"),
                 max_total_tokens=given.get("max_total_tokens"),
                 max_running_requests=given.get("max_running_requests"),
-                threads=int(threads) if threads and threads.isdigit() else None,
+                threads=int(threads) if threads.isdigit() else None,
             ),
         )
     except device.NotEnoughMemoryError as error:
         raise LaunchError(str(error)) from error
-    os.environ["OMP_NUM_THREADS"] = str(choices["threads"].value)
+    if not threads.isdigit():
+        os.environ["OMP_NUM_THREADS"] = str(choices["threads"].value)
     for name, choice in choices.items():
         if name != "threads" and name not in given:
             added[name] = choice.value
@@ -189,15 +234,13 @@ def _kernels() -> Status:
 
 
 def model_config(path: str) -> Mapping[str, Any]:
+    """A model's ``config.json``, downloaded where the model is on the hub.
+
+    Raises:
+        LaunchError: There is none, or it cannot be read.
+    """
     from transformers import PretrainedConfig
 
-    is_local = os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") != 1
-    if is_local and not Path(path).is_dir():
-        raise LaunchError(
-            f"--model-path {path} does not exist; expected a folder with config.json, tokenizer "
-            "and weights, or the name of a model on the Hugging Face hub. Leave it out to serve "
-            "the embedded default model"
-        )
     try:
         config, _ = PretrainedConfig.get_config_dict(path)
     except (OSError, ValueError) as error:

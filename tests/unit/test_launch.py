@@ -109,6 +109,11 @@ def test_what_contradicts_sessions_is_refused(given: dict[str, object]) -> None:
     arguments.check_modes(given, PluginConfig(stateful=False))
 
 
+def test_what_only_repeats_a_default_is_no_contradiction() -> None:
+    given = {"tokenizer_worker_num": 1, "dp_size": 1, "disable_radix_cache": False}
+    arguments.check_modes(given, PluginConfig(stateful=True))
+
+
 def test_another_kind_of_server_is_refused() -> None:
     with pytest.raises(LaunchError, match="--use-ray"):
         arguments.check_modes({"use_ray": True}, PluginConfig())
@@ -116,7 +121,20 @@ def test_another_kind_of_server_is_refused() -> None:
 
 def test_a_model_path_that_does_not_exist_is_named() -> None:
     with pytest.raises(LaunchError, match="--model-path /nowhere/model does not exist"):
-        arguments.model_config("/nowhere/model")
+        arguments.check_model("/nowhere/model", "auto")
+
+
+@pytest.mark.parametrize("path", ["org/model", "s3://bucket/model"])
+def test_a_model_that_is_not_local_is_left_to_sglang(path: str) -> None:
+    arguments.check_model(path, "auto")
+
+
+def test_a_model_without_weights_is_refused_unless_they_are_to_be_made_up(model_dir: Path) -> None:
+    with pytest.raises(LaunchError, match="holds no weights"):
+        arguments.check_model(str(model_dir), "auto")
+    arguments.check_model(str(model_dir), "dummy")
+    (model_dir / "model.safetensors").write_bytes(b"x")
+    arguments.check_model(str(model_dir), "auto")
 
 
 def test_a_model_without_a_configuration_is_named(tmp_path: Path) -> None:
