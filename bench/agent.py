@@ -18,6 +18,7 @@ RESULT_CHARACTERS = 1000
 LISTED_FILES = 24
 MAX_TURNS = 16
 """Beyond them a conversation would not fit into the default model's context."""
+PACKAGE = "stateful_sglang"
 SKIPPED = {"__pycache__", "build", "dist"}
 
 
@@ -104,20 +105,21 @@ TASKS: dict[str, tuple[str, ...]] = {
 
 
 def system_prompt(root: Path) -> str:
-    """Instructions, examples and the repository's files; the tools are defined beside it."""
-    calls = "\n".join(
-        f"User: {request}\nCall: {json.dumps(_call(name, arguments))}"
-        for request, name, arguments in _EXAMPLES
-    )
-    files = "\n".join(itertools.islice((str(f.relative_to(root)) for f in _files(root / "stateful_sglang")), 40))
+    """Instructions and the repository's files; the tools are defined beside it."""
+    files = itertools.islice((str(f.relative_to(root)) for f in _files(root / PACKAGE)), 40)
     return (
         "You are a careful coding agent who works in one repository. You answer every request with "
         "exactly one call of one function, written as a JSON object with its name and its "
         "arguments, and nothing else. You copy paths, texts and line numbers exactly as the "
         "request or an earlier result gives them. You never guess at what a file holds: you read "
         "it. When a call fails, you take the error as it is and go on with the next request.\n\n"
-        f"Examples:\n{calls}\n\nSome files of the repository:\n{files}"
+        "Some files of the repository:\n" + "\n".join(files)
     )
+
+
+def examples() -> list[tuple[str, str]]:
+    """Requests and their calls, with which every conversation begins."""
+    return [(request, json.dumps(_call(name, values))) for request, name, values in _EXAMPLES]
 
 
 def tasks(agent: str, turns: int) -> list[str]:

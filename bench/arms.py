@@ -60,18 +60,40 @@ class _Clock:
         return 1e3 * ((self.first or end) - self.began), 1e3 * (end - self.began)
 
 
+@dataclass(frozen=True)
+class Head:
+    """What every conversation begins with."""
+
+    system: str
+    tools: Sequence[Mapping[str, Any]]
+    examples: Sequence[tuple[str, str]]
+    """Requests and the calls that answered them."""
+
+    def example_messages(self) -> list[dict[str, str]]:
+        """The examples as messages of an earlier conversation."""
+        return [
+            {"role": role, "content": content}
+            for request, call in self.examples
+            for role, content in (("user", request), ("assistant", call))
+        ]
+
+
 class StatefulArm:
     """Opens a session an agent and appends what is new."""
 
-    def __init__(self, client: httpx.Client, system: str, tools: Sequence[Mapping[str, Any]]):
+    def __init__(self, client: httpx.Client, head: Head):
         self._client = client
-        self._head = {"system": system, "tools": list(tools)}
+        self._open = {
+            "system": head.system,
+            "tools": list(head.tools),
+            "messages": head.example_messages(),
+        }
         self._ids: dict[str, str] = {}
 
     def turn(self, agent: str, number: int, messages: Sequence[Message], answer: str) -> Turn:
         """Append `messages` and generate. `answer`, the recorded one, is not needed here."""
         if agent not in self._ids:
-            reply = self._client.post("/v1/sessions", json=self._head).raise_for_status()
+            reply = self._client.post("/v1/sessions", json=self._open).raise_for_status()
             self._ids[agent] = reply.json()["id"]
         body = {
             "messages": [{"role": m.role, "content": m.content} for m in messages],
@@ -115,12 +137,12 @@ class StatelessArm:
     Its history holds the recorded answers, so that both arms are asked the same.
     """
 
-    def __init__(self, client: httpx.Client, system: str, tools: Sequence[Mapping[str, Any]]):
+    def __init__(self, client: httpx.Client, head: Head):
         self._client = client
         # The default model's template knows no tools: both arms state them in the system prompt.
-        head = {"role": "system", "content": f"{system}\n\n{tool_prompt(tools)}"}
-        self._head = [head]
-        self._schema = tool_call_schema(tools)
+        system = f"{head.system}\n\n{tool_prompt(head.tools)}"
+        self._head = [{"role": "system", "content": system}, *head.example_messages()]
+        self._schema = tool_call_schema(head.tools)
         self._conversations: dict[str, list[dict[str, Any]]] = {}
         self._tokens: dict[str, int] = {}
 

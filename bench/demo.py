@@ -24,7 +24,7 @@ from pathlib import Path
 import httpx
 
 from bench import agent, demo_report
-from bench.arms import Arm, StatefulArm, StatelessArm, Turn
+from bench.arms import Arm, Head, StatefulArm, StatelessArm, Turn
 from bench.server import ServerDiedError, serve
 from stateful_sglang.session.messages import Message
 
@@ -63,9 +63,8 @@ def run_arm(stateful: bool, turns: int, recording: Recording) -> ArmRun:
         run = ArmRun(stateful, server.start_s)
         warm_up = {"text": "Hello", "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
         client.post("/generate", json=warm_up).raise_for_status()
-        arm: Arm = (StatefulArm if stateful else StatelessArm)(
-            client, agent.system_prompt(ROOT), agent.TOOLS
-        )
+        head = Head(agent.system_prompt(ROOT), agent.TOOLS, agent.examples())
+        arm: Arm = StatefulArm(client, head) if stateful else StatelessArm(client, head)
         for number in range(1, turns + 1):
             for name in agent.TASKS:
                 turn = take_turn(arm, name, number, turns, recording)
