@@ -82,8 +82,7 @@ class Sample(Structure):
     """One token a row."""
 
     _fields_ = _fields(
-        """i32 rows vocab; ptr logits; i64 row_stride; ptr temperature top_p min_p top_k seed
-        position out"""
+        "i32 rows vocab; ptr probs; i64 row_stride; ptr top_p min_p top_k uniform seed position out"
     )
 
 
@@ -132,6 +131,7 @@ def declare(lib: ctypes.CDLL) -> None:
         ("sg_norm", Norm),
         ("sg_rope", Rope),
         ("sg_gated", Gated),
+        ("sg_sample", Sample),
         ("sg_decoder", Decoder),
     ):
         function = getattr(lib, name)

@@ -84,7 +84,7 @@ def units(machine: str | None = None) -> list[Unit]:
         Unit(isa, "kernels.cpp", (f"-DSG_ISA={isa}", f"-DSG_LANES={lanes}", *flags.split()))
         for isa, lanes, flags in paths
     ]
-    return [*kernels, Unit("dispatch", "dispatch.cpp", ())]
+    return [*kernels, Unit("dispatch", "dispatch.cpp", ()), Unit("sample", "sample.cpp", ())]
 
 
 def find_compiler() -> str | None:

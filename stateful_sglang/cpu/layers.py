@@ -20,9 +20,13 @@ _UPDATES = (
     "update_weights_from_ipc",
     "end_weight_update",
 )
+_SAMPLE = f"{_SRT}.layers.sampler.sampling_from_probs_torch"
+_FILTER = f"{_SRT}.layers.sampler.top_k_top_p_min_p_sampling_from_probs_torch"
 _LOAD = f"{_SRT}.model_executor.model_runner.ModelRunner.load_model"
 
 ATTACHMENTS: tuple[Attachment, ...] = (
+    Attachment(_SAMPLE, "hook", "tokens drawn on a CPU without exponential noise for every entry"),
+    Attachment(_FILTER, "hook", "filtered tokens drawn on a CPU without a sort of the vocabulary"),
     Attachment(_LOAD, "hook", "after a model is loaded on a CPU its weights are packed"),
     *(
         Attachment(f"{_UPDATER}.{name}", "hook", "packed weights follow a weight update")
@@ -80,7 +84,7 @@ def attach() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from stateful_sglang.cpu import modules
+    from stateful_sglang.cpu import modules, sampling
 
     def loaded(result: Any, runner: Any, *_: Any, **__: Any) -> Any:
         if runner.device == "cpu":
@@ -91,6 +95,8 @@ def attach() -> None:
         modules.refresh(updater.get_model())
         return result
 
+    HookRegistry.register(_SAMPLE, sampling.around_sample, HookType.AROUND)
+    HookRegistry.register(_FILTER, sampling.around_filtered_sample, HookType.AROUND)
     HookRegistry.register(_LOAD, loaded, HookType.AFTER)
     for name in _UPDATES:
         HookRegistry.register(f"{_UPDATER}.{name}", updated, HookType.AFTER)

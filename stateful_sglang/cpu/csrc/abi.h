@@ -93,14 +93,16 @@ typedef struct {
   int32_t act;
 } SgGated;
 
-// Draw one token per row from softmax(logits / temperature) filtered by top-k, top-p and min-p.
+// Draw one token per row from probabilities filtered by top-k, top-p and min-p.
 typedef struct {
   int32_t rows, vocab;
-  const float* logits;   // [rows, vocab]
+  const float* probs;  // [rows, vocab], any positive scale
   int64_t row_stride;
-  const float *temperature, *top_p, *min_p;  // [rows]
-  const int64_t *top_k, *seed, *position;    // [rows]; top_k <= 0 or >= vocab: all
-  int64_t* out;          // [rows]
+  const float *top_p, *min_p;  // [rows] or null
+  const int64_t* top_k;        // [rows] or null; outside 1..vocab: all
+  const double* uniform;       // [rows] in [0, 1), or null: keyed by seed and position
+  const int64_t *seed, *position;  // [rows]
+  int64_t* out;                // [rows]
 } SgSample;
 
 // One decoder layer; null pointers leave a part out.

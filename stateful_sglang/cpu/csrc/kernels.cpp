@@ -68,5 +68,5 @@ static void decoder(SgTeam& t, const SgDecoder& d, const SgAttnPlan& p, char* sh
 using namespace SG_ISA;
 extern const SgKernels SG_JOIN(sg_kernels_, SG_ISA) = {
     SG_TEXT(SG_ISA), attention_scratch, linear_scratch_any, decoder_scratch, decoder_shared,
-    attention, linear, pack, norm, rope, gated, decoder, nullptr,
+    attention, linear, pack, norm, rope, gated, decoder,
 };

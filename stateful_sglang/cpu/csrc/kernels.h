@@ -18,7 +18,6 @@ struct SgKernels {
   void (*rope)(SgTeam&, const SgRope&);
   void (*gated)(SgTeam&, const SgGated&);
   void (*decoder)(SgTeam&, const SgDecoder&, const SgAttnPlan&, char* shared);
-  void (*sample)(SgTeam&, const SgSample&);
 };
 
 extern const SgKernels sg_kernels_portable;
