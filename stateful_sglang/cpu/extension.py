@@ -7,7 +7,8 @@ instruction set; `load` picks the best that this machine has.
 Switches (environment):
   STATEFUL_SGLANG_CPU_ISA  `avx512`, `avx2` or `portable` force a path, `off` turns the kernels off.
   CXX                      the compiler to use.
-  XDG_CACHE_HOME           where the compiled library is kept (default ~/.cache).
+  STATEFUL_SGLANG_CACHE    where the compiled library is kept, with the converted models
+                           (--cache-dir; default: $XDG_CACHE_HOME or ~/.cache, stateful_sglang).
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from stateful_sglang.model import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +122,7 @@ def library_path(compiler: str | None) -> Path:
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     digest.update(repr((units(), _COMMON, str(_torch_openmp()))).encode())
     digest.update(_version(compiler).encode() if compiler else b"none")
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "stateful_sglang" / "ext" / digest.hexdigest()[:16] / "kernels.so"
+    return cache_root() / "ext" / digest.hexdigest()[:16] / "kernels.so"
 
 
 def _say(message: str) -> None:
