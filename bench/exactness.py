@@ -168,8 +168,10 @@ def main() -> int:
     parser.add_argument("server", nargs="*", help="after --: more arguments of the server")
     args = parser.parse_args()
 
+    from stateful_sglang.cpu.platform import prepare
     from stateful_sglang.model import ensure_default_model
 
+    prepare()
     model = ensure_default_model()
     began = time.monotonic()
     with serve("--model-path", str(model), "--dtype", "float32", *args.server) as server:
