@@ -16,6 +16,7 @@ RESULT_LINES = 24
 RESULT_CHARACTERS = 1000
 """A result is cut to this, some 300 tokens: what recorded agents add in a turn."""
 LISTED_FILES = 24
+SHOWN_FILES = 24
 MAX_TURNS = 16
 """Beyond them a conversation would not fit into the default model's context."""
 PACKAGE = "stateful_sglang"
@@ -76,37 +77,53 @@ TOOLS = (
 )
 
 _EXAMPLES = (
-    ("Read lines 1 to 30 of docs/design.md.", "read", ("docs/design.md", 1, 30)),
-    ("Search for requires-python in docs.", "search", ("requires-python", "docs")),
-    ("List the files in tests/unit.", "list", ("tests/unit",)),
-    ("Count the lines of pyproject.toml.", "count_lines", ("pyproject.toml",)),
-    ("Search for import json in scripts.", "search", ("import json", "scripts")),
-    ("Read lines 10 to 20 of pyproject.toml.", "read", ("pyproject.toml", 10, 20)),
+    ('Read lines 1 to 30 of "docs/design.md".', "read", ("docs/design.md", 1, 30)),
+    ('Search for "requires-python" in "docs".', "search", ("requires-python", "docs")),
+    ('List the files in "tests/unit".', "list", ("tests/unit",)),
+    ('Count the lines of "pyproject.toml".', "count_lines", ("pyproject.toml",)),
+    (
+        'Read lines 10 to 24 of "stateful_sglang/api/errors.py".',
+        "read",
+        ("stateful_sglang/api/errors.py", 10, 24),
+    ),
+    (
+        'Search for "import json" in "stateful_sglang/runtime".',
+        "search",
+        ("import json", "stateful_sglang/runtime"),
+    ),
+    ('List the files in "stateful_sglang/api".', "list", ("stateful_sglang/api",)),
+    (
+        'Count the lines of "stateful_sglang/launch.py".',
+        "count_lines",
+        ("stateful_sglang/launch.py",),
+    ),
 )
 
 TASKS: dict[str, tuple[str, ...]] = {
     "A": (
-        "Search for SGLANG_VERSION in stateful_sglang.",
-        "Read lines 1 to 20 of stateful_sglang/__init__.py.",
-        "List the files in stateful_sglang/session.",
-        "Count the lines of stateful_sglang/session/transcript.py.",
-        "Read lines 1 to 40 of stateful_sglang/session/transcript.py.",
-        "Search for class Transcript in stateful_sglang/session.",
+        'Search for "class Transcript" in "stateful_sglang/session".',
+        'Read lines 1 to 24 of "stateful_sglang/session/transcript.py".',
+        'List the files in "stateful_sglang/session".',
+        'Count the lines of "stateful_sglang/session/store.py".',
+        'Read lines 30 to 54 of "stateful_sglang/session/store.py".',
+        'Search for "Transcript" in "stateful_sglang/session".',
     ),
     "B": (
-        "List the files in stateful_sglang/draft.",
-        "Read lines 1 to 30 of stateful_sglang/draft/index.py.",
-        "Count the lines of stateful_sglang/draft/index.py.",
-        "Search for numpy in stateful_sglang/draft.",
-        "Read lines 30 to 60 of stateful_sglang/draft/index.py.",
-        "List the files in stateful_sglang/prefix.",
+        'List the files in "stateful_sglang/draft".',
+        'Read lines 1 to 24 of "stateful_sglang/draft/index.py".',
+        'Count the lines of "stateful_sglang/draft/index.py".',
+        'Search for "def " in "stateful_sglang/draft".',
+        'Read lines 30 to 54 of "stateful_sglang/draft/select.py".',
+        'List the files in "stateful_sglang/prefix".',
     ),
 }
 
 
 def system_prompt(root: Path) -> str:
     """Instructions and the repository's files; the tools are defined beside it."""
-    files = itertools.islice((str(f.relative_to(root)) for f in _files(root / PACKAGE)), 40)
+    files = itertools.islice(
+        (str(f.relative_to(root)) for f in _files(root / PACKAGE)), SHOWN_FILES
+    )
     return (
         "You are a careful coding agent who works in one repository. You answer every request with "
         "exactly one call of one function, written as a JSON object with its name and its "
@@ -128,7 +145,7 @@ def tasks(agent: str, turns: int) -> list[str]:
     file = {"A": "docs/design.md", "B": "LICENSE"}[agent]
     while len(asked) < turns:
         first = 1 + 12 * (len(asked) - len(TASKS[agent]))
-        asked.append(f"Read lines {first} to {first + 11} of {file}.")
+        asked.append(f'Read lines {first} to {first + 11} of "{file}".')
     return asked
 
 
