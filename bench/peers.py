@@ -7,6 +7,7 @@ left out.
 from __future__ import annotations
 
 import contextlib
+import ctypes.util
 import json
 import os
 import sys
@@ -22,6 +23,8 @@ POOL_TOKENS = 131_072
 """KV that every arm gets: 16 requests of 8,192 tokens."""
 CONTEXT = 8192
 REQUESTS = 16
+VLLM_START_S = 900.0
+"""It compiles the model when it starts for the first time."""
 VLLM_KV_GIB = 4
 """Holds POOL_TOKENS of the embedded model, which takes 22.5 KiB a token."""
 
@@ -119,9 +122,20 @@ def _vllm(setting: Setting) -> Iterator[Load]:
         "VLLM_CPU_OMP_THREADS_BIND": _bound_cores(setting.threads),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        "LD_PRELOAD": ":".join(_preloaded(Path(peer["python"]).parent.parent)),
     }
-    with serve_command(*command, env=environment) as server:
+    with serve_command(*command, env=environment, timeout_s=VLLM_START_S) as server:
         yield Load(server.url, OpenAIDialect(str(setting.model)))
+
+
+def _preloaded(environment: Path) -> list[str]:
+    """The libraries that vLLM's manual wants loaded first, as far as they are here.
+
+    Intel's OpenMP comes with vLLM; tcmalloc is the system's (Debian: libtcmalloc-minimal4).
+    """
+    openmp = environment / "lib" / "libiomp5.so"
+    tcmalloc = ctypes.util.find_library("tcmalloc_minimal")
+    return [*([tcmalloc] if tcmalloc else []), *([str(openmp)] if openmp.exists() else [])]
 
 
 def _llama_cpp(find: Callable[[Setting], Path]) -> Callable[[Setting], Started]:

@@ -55,12 +55,15 @@ def serve(
 
 
 @contextlib.contextmanager
-def serve_command(*command: str, env: dict[str, str] | None = None) -> Iterator[Server]:
+def serve_command(
+    *command: str, env: dict[str, str] | None = None, timeout_s: float = START_TIMEOUT_S
+) -> Iterator[Server]:
     """Run a server while the context lasts: one that takes ``--port`` and answers ``/health``.
 
     Args:
         command: Without its port, which is chosen here.
         env: Added to this process's environment.
+        timeout_s: Longest wait for the first healthy answer.
 
     Raises:
         ServerDiedError: It did not become healthy.
@@ -79,21 +82,23 @@ def serve_command(*command: str, env: dict[str, str] | None = None) -> Iterator[
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait(process, url, log, began)
+        _wait(process, url, log, began, timeout_s)
         yield Server(url, process.pid, log, time.monotonic() - began)
     finally:
         _stop(process)
 
 
-def _wait(process: subprocess.Popen[bytes], url: str, log: Path, began: float) -> None:
-    while time.monotonic() - began < START_TIMEOUT_S:
+def _wait(
+    process: subprocess.Popen[bytes], url: str, log: Path, began: float, timeout_s: float
+) -> None:
+    while time.monotonic() - began < timeout_s:
         if process.poll() is not None:
             raise ServerDiedError(f"exit status {process.returncode}\n{_tail(log)}")
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/health", timeout=5).status_code == httpx.codes.OK:
                 return
         time.sleep(0.2)
-    raise ServerDiedError(f"not healthy after {START_TIMEOUT_S:.0f} s\n{_tail(log)}")
+    raise ServerDiedError(f"not healthy after {timeout_s:.0f} s\n{_tail(log)}")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
