@@ -5,10 +5,10 @@ takes seconds and depends on the compiler alone. The library holds one copy of t
 instruction set; `load` picks the best that this machine has.
 
 Switches (environment):
-  STATEFUL_SGLANG_CPU_ISA  `avx512`, `avx2` or `portable` force a path, `off` turns the kernels off.
-  CXX                      the compiler to use.
-  STATEFUL_SGLANG_CACHE    where the compiled library is kept, with the converted models
-                           (--cache-dir; default: $XDG_CACHE_HOME or ~/.cache, stateful_sglang).
+  STATEFUL_SGLANG_CPU_ISA      `avx512`, `avx2` or `portable` force a path, `off` means no kernels.
+  STATEFUL_SGLANG_CPU_LIBRARY  load this library in place of building one (scripts/sanitize).
+  CXX                          the compiler to use.
+  STATEFUL_SGLANG_CACHE        where the compiled library is kept, with the converted models.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from stateful_sglang.model import cache_root
 logger = logging.getLogger(__name__)
 
 ISA_ENV = "STATEFUL_SGLANG_CPU_ISA"
+LIBRARY_ENV = "STATEFUL_SGLANG_CPU_LIBRARY"
 SOURCES = Path(__file__).parent / "csrc"
 GET_COMPILER = (
     "install a C++17 compiler (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++) "
@@ -217,7 +218,9 @@ def _load(progress: Callable[[str], None]) -> Extension | None:
         raise BuildError(
             f"{ISA_ENV}={wanted!r} is not known: use avx512, avx2, portable, auto or off."
         )
-    return open_library(build(progress), "" if wanted == "auto" else wanted)
+    given = os.environ.get(LIBRARY_ENV)
+    path = Path(given) if given else build(progress)
+    return open_library(path, "" if wanted == "auto" else wanted)
 
 
 def open_library(path: Path, isa: str = "") -> Extension:

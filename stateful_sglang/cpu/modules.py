@@ -104,6 +104,8 @@ def _attach_head(model: nn.Module, refreshers: list[Callable[[], None]]) -> str:
     from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     head = getattr(model, "lm_head", None)
+    if head is None:  # Gemma hands its embeddings to the logits processor
+        head = getattr(getattr(model, "model", None), "embed_tokens", None)
     if not isinstance(head, VocabParallelEmbedding) or (
         type(head.quant_method) is not UnquantizedEmbeddingMethod
         or getattr(head, "tp_size", 1) != 1
