@@ -221,19 +221,21 @@ def finish(
     env: Environment, profile: str, progress: Callable[[str], None], say: Callable[[str], None]
 ) -> int:
     """Build what is built once (kernels, model), and let the doctor judge."""
-    if (ROOT / "stateful_sglang/cpu/extension.py").is_file():
-        say("[+] CPU kernels ...")
-        build = "from stateful_sglang.cpu import extension; extension.build()"
+    if profile == "cpu":
+        say("[+] the CPU kernels ...")
+        build = "from stateful_sglang.cpu import extension; extension.build(print)"
         try:
             env.run([env.python, "-c", build], progress)
         except InstallError as error:
-            say(
-                f"    not built, serving works without them, slower: {str(error).splitlines()[-2:]}"
-            )
-    say("[+] default model ...")
+            reason = [line for line in str(error).splitlines() if "BuildError: " in line]
+            say("    left out: the CPU is served without them, slower")
+            say(f"    {(reason or [str(error)])[0].split('BuildError: ')[-1]}")
+    say("[+] the default model ...")
     env.run([env.python, "-m", "stateful_sglang.cli", "model", "ensure"], progress)
     say("")
-    return subprocess.run([env.python, "-m", "stateful_sglang.cli", "doctor"], cwd=ROOT).returncode
+    # Setting up listens nowhere, so a port in use is no reason to fail it.
+    doctor = [env.python, "-m", "stateful_sglang.cli", "doctor", "--port", "0"]
+    return subprocess.run(doctor, cwd=ROOT).returncode
 
 
 def make_progress() -> Callable[[str], None]:
