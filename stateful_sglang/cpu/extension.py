@@ -8,7 +8,8 @@ Switches (environment):
   STATEFUL_SGLANG_CPU_ISA      `avx512`, `avx2` or `portable` force a path, `off` means no kernels.
   STATEFUL_SGLANG_CPU_LIBRARY  load this library in place of building one (scripts/sanitize).
   CXX                          the compiler to use.
-  STATEFUL_SGLANG_CACHE        where the compiled library is kept, with the converted models.
+  STATEFUL_SGLANG_CACHE        where the compiled library is kept, with the converted models
+                               (--cache-dir; default: $XDG_CACHE_HOME or ~/.cache, stateful_sglang).
 """
 
 from __future__ import annotations
