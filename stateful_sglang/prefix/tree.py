@@ -217,7 +217,7 @@ class CardinalPrefixTree(UnifiedRadixCache):
         if turn is None or self.disable:
             super().insert_req(req, up_to=up_to, **kwargs)
             return
-        if not _ended_well(req):
+        if not ended_well(req):
             for each in self._components_tuple:
                 each.cleanup_after_caching_req(req, is_finished=True)
             return
@@ -244,7 +244,7 @@ class CardinalPrefixTree(UnifiedRadixCache):
     def on_release(self, req: Any, *, inserted: bool) -> None:
         """Settle a released request; what a failed turn left in the tree is dead at once."""
         super().on_release(req, inserted=inserted)
-        if self._turn_of(req.rid) is None or req.finished_reason is None or _ended_well(req):
+        if self._turn_of(req.rid) is None or req.finished_reason is None or ended_well(req):
             return
         node = self.tree_core.find(req.last_node) if req.last_node is not None else None
         while node is not None and node.parent is not None:
@@ -363,7 +363,7 @@ def _create(ctx: TreeCacheBuildContext, *, pin_budget: float) -> CardinalPrefixT
     )
 
 
-def _ended_well(req: Any) -> bool:
+def ended_well(req: Any) -> bool:
     """Whether a finished request's output becomes part of its session's transcript."""
     reason = req.finished_reason
     if reason is None or isinstance(reason, FINISH_ABORT):

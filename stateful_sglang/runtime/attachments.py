@@ -1,9 +1,10 @@
 """Every place where we touch SGLang, with a fingerprint of the source each one relies on.
 
 A row is made where the attachment is made (each room's ``ATTACHMENTS``), gathered by
-:mod:`~stateful_sglang.runtime.catalogue` and committed with its fingerprint in ``attachments.json``.
-Every server process compares the committed fingerprints with the installed SGLang before it attaches
-anything; a mismatch stops it: running on source that was never tested is worse than not running.
+:mod:`~stateful_sglang.runtime.catalogue` and committed with its fingerprint in
+``attachments.json``. Every server process compares the committed fingerprints with the installed
+SGLang before it attaches anything; a mismatch stops it: running on source that was never tested
+is worse than not running.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class FingerprintMismatchError(RuntimeError):
 def fingerprint(target: str) -> str | None:
     """SHA-256 (16 hex digits) of the target's syntax tree, or None if there is no such target.
 
-    Comments, blank lines and formatting don't count; the module is read, never imported, so that the
-    check needs neither torch nor a working SGLang.
+    Comments, blank lines and formatting don't count; the module is read, never imported, so that
+    the check needs neither torch nor a working SGLang.
     """
     parts = target.split(".")
     for cut in range(len(parts), 0, -1):
@@ -87,8 +88,8 @@ def require_match() -> None:
     installed = metadata.version("sglang")
     if installed != SGLANG_VERSION:
         raise FingerprintMismatchError(
-            f"SGLang {installed} is installed; stateful_sglang attaches to the internals of exactly "
-            f"{SGLANG_VERSION}. Run scripts/install, or pip install sglang=={SGLANG_VERSION}."
+            f"SGLang {installed} is installed; stateful_sglang attaches to the internals of "
+            f"exactly {SGLANG_VERSION}. Run scripts/install, or pip install sglang=={SGLANG_VERSION}."
         )
     broken = [status for status in check() if not status.holds]
     if broken:

@@ -1,8 +1,8 @@
 """The table of everything we attach to in SGLang, gathered from the rooms.
 
-``python -m stateful_sglang.runtime.catalogue`` compares it with what is committed and exits with 1
-where they differ; ``--write`` renews ``attachments.json`` and ``patches/README.md``. Renew it only
-after reading what changed upstream: the fingerprint is a promise that somebody did.
+``python -m stateful_sglang.runtime.catalogue`` compares it with what is committed and exits with
+1 where they differ; ``--write`` renews ``attachments.json`` and ``patches/README.md``. Renew it
+only after reading what changed upstream: the fingerprint is a promise that somebody did.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ Every attachment, its reason, and a fingerprint of the upstream source it relies
 of the target: comments and formatting don't count). Each server process checks the fingerprints
 before it attaches anything, and a mismatch stops it; `stateful-sglang doctor` shows the same check.
 
-Kinds: *registry*, a plug-in point SGLang offers; *hook*, SGLang's hook registry; *subclass*, source
-that a class of ours overrides or calls; *patch*, source replaced at run time. There is no vendored or
-patched copy of SGLang.
+Kinds: *registry*, a plug-in point SGLang offers; *hook*, SGLang's hook registry; *subclass*,
+source that a class of ours overrides or calls; *patch*, source replaced at run time. There is no
+vendored or patched copy of SGLang.
 
 This file is generated: `python -m stateful_sglang.runtime.catalogue --write`.
 

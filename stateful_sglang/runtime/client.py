@@ -1,4 +1,4 @@
-"""The runtime's client side: a tokenizer manager that knows turns, and the engine the API room uses."""
+"""The runtime's client side: a tokenizer manager that knows turns, and the API room's engine."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ class StatefulTokenizerManager(TokenizerManager):
             return tokenized
         assert isinstance(tokenized, TokenizedGenerateReqInput)
         fields = msgspec.structs.asdict(tokenized)
-        return SessionAppendReq(
-            **fields, stateful_session=turn.session_id, base_len=turn.base_len
-        )
+        return SessionAppendReq(**fields, stateful_session=turn.session_id, base_len=turn.base_len)
 
     def send_session_close(self, session_id: str) -> None:
         """Tell every rank to forget a session."""
@@ -131,10 +129,19 @@ class SGLangEngine:
     def __init__(self, manager: StatefulTokenizerManager) -> None:
         self._manager = manager
         self.tokenizer: Any = manager.tokenizer
-        self.context_length: int = manager.context_len
         self.vocab_size: int = manager.model_config.vocab_size
         self.eos_ids = _end_tokens(manager)
         self.tool_call_parser: str | None = manager.config_value("tool_call_parser")
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a session, prompt and answer.
+
+        The scheduler's own limit on a prompt, a few tokens short of the model's context, and of the
+        KV pool where that is smaller; SGLang learns it from the scheduler at the end of its start.
+        """
+        limit: int = getattr(self._manager, "max_req_input_len", None) or self._manager.context_len
+        return limit
 
     async def run(self, turn: TurnRequest) -> AsyncIterator[TurnProgress]:
         """Run a turn; see :class:`~stateful_sglang.session.engine.TurnEngine`.
@@ -209,7 +216,11 @@ def _end_tokens(manager: StatefulTokenizerManager) -> frozenset[int]:
 def _progress(out: Mapping[str, Any], previous: TurnProgress | None) -> TurnProgress:
     if "meta_info" not in out:  # an error that SGLang reports as a stream's last message
         error = out.get("error") or {}
-        finish = {"type": "abort", "message": error.get("message"), "status_code": error.get("code")}
+        finish = {
+            "type": "abort",
+            "message": error.get("message"),
+            "status_code": error.get("code"),
+        }
         if previous is not None:
             return previous._replace(finish=finish)
         return TurnProgress("", array("q"), finish, 0, 0, 0)

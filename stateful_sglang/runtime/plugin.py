@@ -1,7 +1,7 @@
 """SGLang's plugin entry point: runs in every server process before it parses its arguments.
 
-SGLang logs a plugin's failure and goes on without it. A server that silently lost its sessions would
-be worse than none, so every failure here ends the process.
+SGLang logs a plugin's failure and goes on without it. A server that silently lost its sessions
+would be worse than none, so every failure here ends the process.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A scheduler rank with sessions: what our requests do there, and where a turn ends.
 
-The rank's state is one :class:`SchedulerSessions` held by the scheduler. A turn begins when its append
-request arrives and ends where SGLang lets go of the request: with the output that carries its finish
-reason, or with the abort message for one that never ran.
+The rank's state is one :class:`SchedulerSessions` held by the scheduler. A turn begins when its
+append request arrives and ends where SGLang lets go of the request: with the output that carries
+its finish reason, or with the abort message for one that never ran.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.utils import TypeBasedDispatcher
 
+from stateful_sglang.prefix.tree import ended_well
 from stateful_sglang.runtime.attachments import Attachment
 from stateful_sglang.runtime.requests import (
     SessionAppendReq,
@@ -119,15 +120,6 @@ class SchedulerSessions:
         req.tokenizer = self._scheduler.tokenizer
         req.finished_reason = FINISH_ABORT(message, HTTPStatus.CONFLICT, "SessionConflict")
         self._scheduler.output_streamer.stream_output([req], False)
-
-
-def ended_well(req: Req) -> bool:
-    """Whether a finished request's output may be committed."""
-    reason = req.finished_reason
-    if reason is None or isinstance(reason, FINISH_ABORT):
-        return False
-    # SGLang reports NaN logits as a stop string of this name.
-    return getattr(reason, "matched", None) != "NaN happened"
 
 
 def delivered_output(req: Req) -> list[int]:

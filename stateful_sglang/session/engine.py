@@ -1,7 +1,7 @@
 """What the API room asks of a model server: run one turn, close a session, describe the tree.
 
-The runtime room implements this over SGLang; nothing here imports it, so that versions, transactions
-and rendering are tested in milliseconds.
+The runtime room implements this over SGLang; nothing here imports it, so that versions,
+transactions and rendering are tested in milliseconds.
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ class TurnProgress(NamedTuple):
 class TurnEngine(Protocol):
     """The model server as the API room sees it."""
 
-    context_length: int
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a session, prompt and answer."""
+        ...
+
     vocab_size: int
     tokenizer: Any
     eos_ids: frozenset[int]

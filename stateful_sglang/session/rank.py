@@ -1,9 +1,10 @@
 """Sessions as one scheduler rank holds them: tokens, and the turn in flight.
 
-The API process owns versions. A rank only keeps what the API told it to keep: every turn arrives with
-``base_len``, the committed length, and whatever the rank holds beyond it (an aborted turn, a commit
-that was never published) is dropped before the delta is appended. So an abort needs no message of its
-own, and every rank of a tensor-parallel group takes the same decisions from the same requests.
+The API process owns versions. A rank only keeps what the API told it to keep: every turn arrives
+with ``base_len``, the committed length, and whatever the rank holds beyond it (an aborted turn, a
+commit that was never published) is dropped before the delta is appended. So an abort needs no
+message of its own, and every rank of a tensor-parallel group takes the same decisions from the
+same requests.
 """
 
 from __future__ import annotations
