@@ -89,7 +89,8 @@ def require_match() -> None:
     if installed != SGLANG_VERSION:
         raise FingerprintMismatchError(
             f"SGLang {installed} is installed; stateful_sglang attaches to the internals of "
-            f"exactly {SGLANG_VERSION}. Run scripts/install, or pip install sglang=={SGLANG_VERSION}."
+            f"exactly {SGLANG_VERSION}. Run scripts/install, or "
+            f"pip install sglang=={SGLANG_VERSION}."
         )
     broken = [status for status in check() if not status.holds]
     if broken:

@@ -23,7 +23,8 @@ def why_never(model_runner: Any) -> str | None:
 def may_draft(req: Req) -> bool:
     """Whether a request's tokens may be verified in one step without changing what it says.
 
-    Penalties and custom processors change with every token, and SGLang counts one token a step.
+    Penalties and custom processors change with every token, and SGLang counts one token a step. A
+    client refuses drafts for one request with ``"custom_params": {"draft": "off"}``.
     """
     sampling = req.sampling_params
     return (
@@ -35,4 +36,5 @@ def may_draft(req: Req) -> bool:
         and req.input_embeds is None
         and req.multimodal_inputs is None
         and not req.return_routed_experts
+        and (sampling.custom_params or {}).get("draft") != "off"
     )
