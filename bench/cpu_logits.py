@@ -110,15 +110,20 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 @torch.no_grad()
 def greedy_differences(engine: Engine, model: Any, ids: torch.Tensor, tokens: int) -> list[float]:
-    """Gaps between the two best logits at the first token that differs, [] if none does."""
+    """Gap between the best logit and ours at the first greedy token that differs, [] if none does.
+
+    Ours continues token by token. Transformers sees the whole transcript once, from scratch: as
+    long as every token so far was its best one too, that is its own greedy decoding.
+    """
     past, new, sequence = 0, ids, ids
     for _ in range(tokens):
-        ours = engine.logits(new, past)[-1].argmax()
-        want = model(sequence[None]).logits[0, -1]
-        if ours != want.argmax():
-            return [(want.max() - want[ours]).item()]
-        past, new = len(sequence), ours[None]
+        past, new = len(sequence), engine.logits(new, past)[-1].argmax()[None]
         sequence = torch.cat([sequence, new])
+    logits = model(sequence[None]).logits[0]
+    for at in range(len(ids) - 1, len(sequence) - 1):
+        gap = (logits[at].max() - logits[at, sequence[at + 1]]).item()
+        if gap > 0:
+            return [gap]
     return []
 
 
@@ -147,7 +152,8 @@ def main() -> int:
     errors: dict[str, list[float]] = {"ours bf16": [], "torch bf16": [], "ours f32": []}
     gaps: list[float] = []
     cut = prompts(args.prompts, tokenizer)
-    for ids in cut:
+    for done, ids in enumerate(cut):
+        print(f"\r{done}/{len(cut)} prompts", end="", file=sys.stderr, flush=True)
         want = exact(ids[None]).logits[0]
         errors["ours bf16"].append(relative(ours[torch.bfloat16].logits(ids), want))
         errors["torch bf16"].append(relative(half(ids[None]).logits[0], want))
