@@ -1,0 +1,160 @@
+"""The engine bench's rounds and its client, without any engine."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import engine, machine
+from bench.cells import decode, prefill
+from bench.engine import EngineBench
+from bench.limits import Rates
+from bench.load import LlamaCppDialect, Load, OpenAIDialect, RequestError, SGLangDialect
+from bench.peers import Arm, ArmUnavailableError, Setting
+
+CONFIG = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "vocab_size": 1000,
+}
+
+
+class FakeLoad:
+    """Answers as an engine would that takes a millisecond a token."""
+
+    def __init__(self) -> None:
+        self.prompts: list[tuple[int, ...]] = []
+
+    def first_token_s(self, prompt: Sequence[int], slot: int = 0) -> float:
+        self.prompts.append(tuple(prompt))
+        return len(prompt) / 1000
+
+    def decode_rate(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
+        if len(prompts[0]) > 64:
+            filled = set(self.prompts)
+            assert all(tuple(prompt) in filled for prompt in prompts)
+        return 1000.0
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Makes a bench of fake arms; `loads` has the load of every start."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    loads: list[FakeLoad] = []
+
+    @contextlib.contextmanager
+    def start(setting: Setting) -> Iterator[Any]:
+        loads.append(FakeLoad())
+        yield loads[-1]
+
+    @contextlib.contextmanager
+    def refuse(setting: Setting) -> Iterator[Any]:
+        raise ArmUnavailableError("it was never set up")
+        yield
+
+    arms = {"fast": Arm("fast", "fake", start), "absent": Arm("absent", "fake", refuse)}
+    monkeypatch.setattr(engine, "ARMS", arms)
+    monkeypatch.setattr(machine, "measure", lambda: Rates(1e9, 1e9))
+
+    def make(**changes: Any) -> EngineBench:
+        args = argparse.Namespace(
+            quick=True, rounds=2, cell_budget=1e9, lock=tmp_path / "lock", seed=1
+        )
+        vars(args).update(changes)
+        return EngineBench(Setting(tmp_path, tmp_path, 1), list(arms.values()), args)
+
+    return make, loads
+
+
+def test_an_arm_that_cannot_start_is_reported_and_the_others_are_measured(bench) -> None:
+    make, loads = bench
+    results = make().run()
+    assert results.failed == {"absent": "it was never set up"}
+    assert len(loads) == 2
+    for cell in results.cells:
+        measured = results.speed("fast", cell)
+        assert (measured is None) == (cell.kind == "verify")
+        assert results.speed("absent", cell) is None
+    assert results.speed("fast", decode(4, 128)).median == pytest.approx(1000)
+    assert results.speed("fast", prefill(512)).median == pytest.approx(1000)
+    assert results.speed("fast", prefill(512)).count == 6
+
+
+def test_no_prompt_is_ever_sent_twice_to_be_prefilled(bench) -> None:
+    make, loads = bench
+    make().run()
+    prompts = [prompt for load in loads for prompt in load.prompts]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_a_cell_over_its_budget_is_left_out_with_the_reason(bench) -> None:
+    make, _ = bench
+    results = make(cell_budget=1.0).run()
+    assert results.speed("fast", decode(16, 128)) is None
+    assert "would take about" in results.missing["fast", decode(16, 128)]
+    assert results.speed("fast", decode(4, 128)) is not None
+
+
+EVENTS = {
+    "/generate": [{"meta_info": {"completion_tokens": n}} for n in (1, 2, 4)],
+    "/v1/completions": [
+        {"usage": {"completion_tokens": 0}},
+        {"usage": {"completion_tokens": 1}},
+        {"usage": {"completion_tokens": 4}},
+    ],
+    "/completion": [
+        {"tokens": [5], "stop": False},
+        {"tokens": [6, 7, 8], "stop": False},
+        {"tokens": [], "stop": True, "tokens_predicted": 4},
+    ],
+}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    seen: list[dict[str, Any]] = []  # noqa: RUF012
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.seen.append(body)
+        if body.get("n_predict") == 13:
+            self.send_error(500, "no luck")
+            return
+        self.send_response(200)
+        self.end_headers()
+        for event in EVENTS[self.path]:
+            self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def log_message(self, *_: Any) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize("dialect", [SGLangDialect(), OpenAIDialect("m"), LlamaCppDialect()])
+def test_a_stream_is_timed_from_its_first_token_to_its_last(url: str, dialect) -> None:
+    (stream,) = Load(url, dialect)._run([([1, 2, 3], 0)], 4)
+    assert [arrival.tokens for arrival in stream.arrivals] in ([1, 2, 4], [1, 4])
+    assert stream.first_s > 0
+    assert [1, 2, 3] in _Handler.seen[-1].values()
+
+
+def test_a_refused_request_says_so(url: str) -> None:
+    with pytest.raises(RequestError, match="500"):
+        Load(url, LlamaCppDialect())._run([([1], 0)], 13)
