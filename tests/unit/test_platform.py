@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -17,12 +18,15 @@ pytestmark = pytest.mark.skipif(
 
 def run(code: str, *, path: Path | None = None) -> str:
     """Run Python code in a fresh interpreter and return what it prints."""
+    # Tests before this one may have prepared their own process, which writes its environment.
+    env = {name: value for name, value in os.environ.items() if name != "SGLANG_USE_CPU_ENGINE"}
     prelude = f"import sys; sys.path.insert(0, {str(path)!r})\n" if path else ""
     ran = subprocess.run(
         [sys.executable, "-c", prelude + textwrap.dedent(code)],
         capture_output=True,
         text=True,
         timeout=120,
+        env=env,
     )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.strip()
