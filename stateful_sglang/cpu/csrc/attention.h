@@ -40,15 +40,31 @@ struct AttnScratch {
   }
 };
 
-// V rows of a block as panels [head_dim / 32][key words][32]; keys past n are zero.
-SG_INLINE void pack_values(const bf16* const* rows, int n, int n_pad, int dim, uint32_t* out) {
+// V rows [from, n_pad) of a block as panels [head_dim / 32][key words][32]; those past n are zero.
+SG_INLINE void pack_values(const bf16* const* rows, int from, int n, int n_pad, int dim,
+                           uint32_t* out) {
   const int pairs = n_pad / 2;
+#if defined(__AVX512BW__)
+  // Words 0..15 and 16..31 of two interleaved rows of 32.
+  const __m512i step = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i first = _mm512_or_si512(
+      step, _mm512_slli_epi32(_mm512_add_epi32(step, _mm512_set1_epi32(32)), 16));
+  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+#endif
   for (int d0 = 0, panel = 0; d0 < dim; d0 += kPanel, panel++) {
     const int width = dim - d0 < kPanel ? dim - d0 : kPanel;
-    for (int j = 0; j < pairs; j++) {
+    for (int j = from / 2; j < pairs; j++) {
       uint32_t* o = out + ((int64_t)panel * words<bf16>(kKeys) + j) * kPanel;
       const bf16* lo = 2 * j < n ? rows[2 * j] + d0 : nullptr;
       const bf16* hi = 2 * j + 1 < n ? rows[2 * j + 1] + d0 : nullptr;
+#if defined(__AVX512BW__)
+      if (width == kPanel && hi) {
+        const __m512i a = _mm512_loadu_si512(lo), b = _mm512_loadu_si512(hi);
+        _mm512_storeu_si512(o, _mm512_permutex2var_epi16(a, first, b));
+        _mm512_storeu_si512(o + 16, _mm512_permutex2var_epi16(a, second, b));
+        continue;
+      }
+#endif
       for (int i = 0; i < kPanel; i += kLanes) {
         if (i + kLanes <= width) {
           vu w = lo ? widen(lo + i) : vu{};
@@ -62,10 +78,11 @@ SG_INLINE void pack_values(const bf16* const* rows, int n, int n_pad, int dim, u
     }
   }
 }
-SG_INLINE void pack_values(const float* const* rows, int n, int n_pad, int dim, uint32_t* out) {
+SG_INLINE void pack_values(const float* const* rows, int from, int n, int n_pad, int dim,
+                           uint32_t* out) {
   for (int d0 = 0, panel = 0; d0 < dim; d0 += kPanel, panel++) {
     const int width = dim - d0 < kPanel ? dim - d0 : kPanel;
-    for (int j = 0; j < n_pad; j++) {
+    for (int j = from; j < n_pad; j++) {
       uint32_t* o = out + ((int64_t)panel * kKeys + j) * kPanel;
       memset(o, 0, kPanel * 4);
       if (j < n) memcpy(o, rows[j] + d0, width * 4);
@@ -207,13 +224,13 @@ static void attend_item(const SgAttention& a, const SgAttnItem& it, float* parti
     if (block + 1 < it.block1) find_rows(next, a, slots, it.kv_head, k0 + kKeys, seq);
     const int n_keys = now.n;
     for (int j = 0; j < n_keys; j += kPanel) {
-      prefetch_rows(next, j, j + kPanel, dim);
+      // In small doses: more than some dozen lines on their way would hold up the packing.
+      prefetch_rows(next, j, j + kPanel / 2, dim);
       pack_panel((const uint32_t* const*)now.k + j, n_keys - j < kPanel ? n_keys - j : kPanel, dw,
                  sc.k + (int64_t)j * dw);
+      prefetch_rows(next, j + kPanel / 2, j + kPanel, dim);
+      pack_values(now.v, j, n_keys, j + kPanel, dim, sc.v);
     }
-    const int n_pad = round_up(n_keys, kPanel);
-    pack_values(now.v, n_keys, n_pad, dim, sc.v);
-
     float* part = partials + it.partial + (int64_t)(block - it.block0) * rows * (dpad + 2);
     for (int t = 0; t < rows; t += kTileRows) {
       const int n = rows - t < kTileRows ? rows - t : kTileRows;

@@ -30,9 +30,13 @@ SG_INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 SG_INLINE vu load_bits(const uint32_t* p) { vu v; memcpy(&v, p, sizeof v); return v; }
 SG_INLINE void store_bits(uint32_t* p, vu v) { memcpy(p, &v, sizeof v); }
 SG_INLINE vu widen(const uint16_t* p) {
+#if defined(__AVX512F__)  // GCC 12 would convert by halves
+  return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#else
   vh h;
   memcpy(&h, p, sizeof h);
   return __builtin_convertvector(h, vu);
+#endif
 }
 SG_INLINE vf load(const bf16* p) { return (vf)(widen(p) << 16); }
 
