@@ -93,6 +93,9 @@ def choose(machine: Machine, model: ModelShape, wanted: Wanted) -> dict[str, Cho
         "chunked_prefill_size": Choice(
             CHUNKED_PREFILL, "others get a step between chunks of a long prompt"
         ),
+        "disable_overlap_schedule": Choice(
+            True, "overlapping costs a wasted step a request where one device does both"
+        ),
         "sleep_on_idle": Choice(True, "an idle scheduler would otherwise spin on a whole core"),
         "mem_fraction_static": Choice(
             0.95, "the pool is set in tokens; this only has to exceed it"

@@ -151,21 +151,22 @@ def test_cpu_settings_leave_alone_what_was_given(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("SGLANG_EAGER_INPUT_NO_COPY", "0")
     added: dict[str, arguments.Setting] = {}
     report = arguments.suit_cpu({"model_path": str(model_dir), "context_length": 2000}, added)
     assert "context_length" not in added
     assert added["attention_backend"] == "torch_native"
+    assert added["disable_overlap_schedule"] is True
     assert os.environ["OMP_NUM_THREADS"] == "3"
     assert "2000" in report
 
 
 def test_sessions_bring_their_tree_and_their_drafts() -> None:
     added: dict[str, arguments.Setting] = {}
-    arguments.suit_sessions(PluginConfig(stateful=True, max_draft=6), {}, added, on_cpu=True)
+    arguments.suit_sessions(PluginConfig(stateful=True, max_draft=6), {}, added)
     assert added["radix_cache_backend"] == "cardinal"
     assert added["speculative_algorithm"] == "PROMPT_LOOKUP"
     assert added["speculative_num_draft_tokens"] == 7
-    assert added["disable_overlap_schedule"] is True
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_no_lookup_drafts_where_they_are_off_or_another_drafter_was_asked_for(
     config: PluginConfig, given: dict[str, object]
 ) -> None:
     added: dict[str, arguments.Setting] = {}
-    arguments.suit_sessions(config, given, added, on_cpu=True)
+    arguments.suit_sessions(config, given, added)
     assert "speculative_algorithm" not in added
 
 
