@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import tempfile
 import time
 import traceback
 from multiprocessing.connection import Connection
@@ -44,10 +45,12 @@ def measure(arguments: list[str], wanted: Plan, threads: int) -> dict[str, list[
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
+    descriptor, log = tempfile.mkstemp(prefix="stateful-sglang-forward-", suffix=".log")
+    os.close(descriptor)
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(threads)
     try:
-        child = context.Process(target=_child, args=(arguments, wanted, theirs))
+        child = context.Process(target=_child, args=(arguments, wanted, log, theirs))
         child.start()
     finally:
         if before is None:
@@ -59,7 +62,9 @@ def measure(arguments: list[str], wanted: Plan, threads: int) -> dict[str, list[
         result = ours.recv()
     except EOFError as error:
         child.join()
-        raise ForwardError(f"the process ended with status {child.exitcode}") from error
+        raise ForwardError(
+            f"the process ended with status {child.exitcode}; what it printed is in {log}"
+        ) from error
     finally:
         child.join(30)
         if child.is_alive():
@@ -69,12 +74,20 @@ def measure(arguments: list[str], wanted: Plan, threads: int) -> dict[str, list[
     return result
 
 
-def _child(arguments: list[str], wanted: Plan, results: Connection) -> None:
+def _child(arguments: list[str], wanted: Plan, log: str, results: Connection) -> None:
     try:
+        _print_into(log)
         steps = _Steps(arguments)
         results.send({cell.name: steps.repeat(cell) for cell in wanted.cells})
     except BaseException:
         results.send(traceback.format_exc())
+
+
+def _print_into(log: str) -> None:
+    """Keep SGLang's messages, and those of its libraries, out of the bench's output."""
+    with open(log, "wb") as sink:
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
 
 
 class _Steps:

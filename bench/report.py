@@ -29,6 +29,12 @@ def show(results: Results, arms: Mapping[str, str], console: Console | None = No
         "tokens/s: median (lowest to highest), and the share of this machine's limit"
     )
     console.print(table(results))
+    shares = [results.share(column, cell) for column in results.costs for cell in results.cells]
+    if any(share is not None and share > 1 for share in shares):
+        console.print(
+            "A share above 100%: this machine was disturbed whenever its limits were measured, or "
+            "torch does not reach them. Run this bench on a machine that does nothing else.\n"
+        )
     for name, what in arms.items():
         started = results.start_s.get(name)
         ready = f", ready in {min(started):.0f} to {max(started):.0f} s" if started else ""
@@ -92,7 +98,8 @@ def plot(results: Results, path: Path) -> None:
         _bars(axis, results, cells, [str(cell.batch) for cell in cells])
         axis.set(title=f"decode at {context} tokens of context", xlabel="streams")
     _verify(axes[-1], results)
-    axes[0].legend(fontsize="small")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=max(1, len(names)))
     figure.suptitle(f"{processor()}; the line on a bar is the spread, the dash the machine's limit")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -132,6 +139,7 @@ def _verify(axis, results: Results) -> None:
         if points:
             axis.plot(*zip(*points, strict=True), "o-", label=f"context {context}")
     axis.set(title=f"verify step ({FORWARD})", xlabel="tokens verified", ylabel="ms a step")
+    axis.set_xticks(sorted({cell.width for cell in cells}))
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     if axis.lines:

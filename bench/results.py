@@ -36,7 +36,7 @@ class Results:
     """Why a column has no figures, or not all."""
     start_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     rates: list[Rates] = field(default_factory=list)
-    """Of the machine, by round."""
+    """Of the machine, measured before every column of every round."""
 
     def add(self, column: str, cell: Cell, number: int, seconds: float) -> None:
         """Record one step of a round."""
@@ -45,7 +45,7 @@ class Results:
 
     @property
     def limit_rates(self) -> Rates:
-        """The best that any round saw of the machine: others may have disturbed the rest."""
+        """The best ever seen of the machine: others may have disturbed the rest."""
         return Rates(
             max(rate.read_bytes_per_s for rate in self.rates),
             max(rate.bf16_ops_per_s for rate in self.rates),
