@@ -127,6 +127,11 @@ def check_modes(given: Mapping[str, Any], config: PluginConfig) -> None:
             )
     if not config.stateful:
         return
+    if os.environ.get("SGLANG_USE_PICKLE_IPC", "1").lower() in ("0", "false", "no"):
+        raise LaunchError(
+            "SGLANG_USE_PICKLE_IPC=0 cannot be combined with sessions: SGLang's other encoding "
+            "does not know our append request. Unset it, or add --stateful off"
+        )
     for name, reason in _STATEFUL_CONFLICTS.items():
         value = given.get(name)
         if value is True or value not in (None, False, 1):

@@ -109,6 +109,13 @@ def test_what_contradicts_sessions_is_refused(given: dict[str, object]) -> None:
     arguments.check_modes(given, PluginConfig(stateful=False))
 
 
+def test_the_other_encoding_between_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_USE_PICKLE_IPC", "0")
+    with pytest.raises(LaunchError, match="SGLANG_USE_PICKLE_IPC=0 cannot be combined"):
+        arguments.check_modes({}, PluginConfig(stateful=True))
+    arguments.check_modes({}, PluginConfig(stateful=False))
+
+
 def test_what_only_repeats_a_default_is_no_contradiction() -> None:
     given = {"tokenizer_worker_num": 1, "dp_size": 1, "disable_radix_cache": False}
     arguments.check_modes(given, PluginConfig(stateful=True))
