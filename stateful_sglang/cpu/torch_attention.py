@@ -69,6 +69,10 @@ def _attend_request(
         return
     group = q.shape[1] // k.shape[1]
     is_tree = plan.tree_mask is not None
+    if new == total > _FEW and call.window < 0 and not is_tree and not call.logit_cap:
+        # A prompt from its first token on is the one case that torch masks without a mask.
+        out.copy_(_scores_to_values(q, k, v, None, call, from_start=True))
+        return
     for first in range(0, new, _CHUNK):
         last = min(first + _CHUNK, new)
         # In a tree, a node's ancestors all come before it, so that chunks end alike.
@@ -85,10 +89,12 @@ def _scores_to_values(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     call: AttentionCall,
+    from_start: bool = False,
 ) -> torch.Tensor:
     """Attention of [n, q_heads, k_dim] over [m, kv_heads, .].
 
-    The additive mask is [n, m], repeated for each head of a group where n is at most `_FEW`.
+    The additive mask is [n, m], repeated for each head of a group where n is at most `_FEW`. With
+    ``from_start``, n equals m and each query sees the keys up to its own.
     """
     n, q_heads, k_dim = q.shape
     kv_heads = k.shape[1]
@@ -103,7 +109,9 @@ def _scores_to_values(
     if call.logit_cap:
         result = _capped(grouped, k, v, mask, call.scale, call.logit_cap)
     else:
-        result = scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=call.scale)
+        result = scaled_dot_product_attention(
+            grouped, k, v, attn_mask=mask, is_causal=from_start, scale=call.scale
+        )
     return result.reshape(kv_heads, group, n, -1).permute(2, 0, 1, 3).reshape(n, q_heads, -1)
 
 

@@ -192,7 +192,10 @@ def test_a_verify_of_draft_trees_sees_ancestors_only(attend, lengths, window, se
 @pytest.mark.parametrize("attend", KERNELS)
 @pytest.mark.parametrize("window", [-1, 100])
 def test_a_long_prompt_crosses_chunks_and_layout_changes(attend, window) -> None:
-    check(attend, make_batch([(300, 420), (33, 33), (1, 70)], heads=(2, 1), dim=8, window=window))
+    check(
+        attend,
+        make_batch([(300, 420), (33, 33), (1, 70), (290, 290)], heads=(2, 1), dim=8, window=window),
+    )
 
 
 @pytest.mark.parametrize("attend", KERNELS)
