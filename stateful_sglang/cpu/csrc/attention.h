@@ -2,10 +2,11 @@
 //
 // A block of query rows (queries x heads of one group, so K and V are read once a group) meets the
 // keys in blocks of kKeys positions, aligned to position 0 (FlashAttention, Dao 2022; splitting the
-// keys over threads as in Flash-Decoding). Each block gives a partial result (maximum, sum, output),
-// and partials are merged in order of position. Whether one thread merges as it goes or many
-// threads leave partials for a second stage, the operations and their order are the same: a token's
-// output does not depend on the batch, the threads or how many tokens were verified beside it.
+// keys over threads as in Flash-Decoding). Each block gives a partial result (maximum, sum,
+// output), and partials are merged in order of position. Whether one thread merges as it goes or
+// many threads leave partials for a second stage, the operations and their order are the same: a
+// token's output does not depend on the batch, the threads or how many tokens were verified beside
+// it.
 #pragma once
 #include "abi.h"
 #include "plan.h"
@@ -27,7 +28,11 @@ struct AttnScratch {
     const int dw = words<T>(a.head_dim), dpad = round_up(a.head_dim, kPanel);
     const int rows = plan_block_rows(a.q_heads / a.kv_heads);
     char* at = base;
-    auto take = [&](int64_t bytes) { char* r = at; at += (bytes + 63) / 64 * 64; return r; };
+    auto take = [&](int64_t bytes) {
+      char* r = at;
+      at += (bytes + 63) / 64 * 64;
+      return r;
+    };
     q = (uint32_t*)take((int64_t)rows * dw * 4);
     k = (uint32_t*)take((int64_t)kKeys * dw * 4);
     v = (uint32_t*)take((int64_t)words<T>(kKeys) * dpad * 4);
@@ -47,8 +52,8 @@ SG_INLINE void pack_values(const bf16* const* rows, int from, int n, int n_pad, 
 #if defined(__AVX512BW__)
   // Words 0..15 and 16..31 of two interleaved rows of 32.
   const __m512i step = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i first = _mm512_or_si512(
-      step, _mm512_slli_epi32(_mm512_add_epi32(step, _mm512_set1_epi32(32)), 16));
+  const __m512i first =
+      _mm512_or_si512(step, _mm512_slli_epi32(_mm512_add_epi32(step, _mm512_set1_epi32(32)), 16));
   const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
 #endif
   for (int d0 = 0, panel = 0; d0 < dim; d0 += kPanel, panel++) {
@@ -206,12 +211,14 @@ static void attend_item(const SgAttention& a, const SgAttnItem& it, float* parti
       src[r] = (const uint32_t*)((const T*)a.q + token * a.q_token +
                                  (it.kv_head * group + (t + r) % group) * a.q_head);
     }
-    if (n == 1) memcpy(sc.q + (int64_t)t * dw, src[0], (int64_t)dw * 4);
-    else pack_rows(src, n, dw, sc.q + (int64_t)t * dw);
+    if (n == 1)
+      memcpy(sc.q + (int64_t)t * dw, src[0], (int64_t)dw * 4);
+    else
+      pack_rows(src, n, dw, sc.q + (int64_t)t * dw);
   }
 
-  // The pool's rows lie a token apart, which the hardware prefetcher does not follow for long: while
-  // one block is packed, the next one is fetched.
+  // The pool's rows lie a token apart, which the hardware prefetcher does not follow for long:
+  // while one block is packed, the next one is fetched.
   BlockRows<T> found[2];
   BlockRows<T>& start = found[it.block0 % 2];
   find_rows(start, a, slots, it.kv_head, (int64_t)it.block0 * kKeys, seq);
@@ -264,8 +271,7 @@ static void attend_item(const SgAttention& a, const SgAttnItem& it, float* parti
           m[r] = -__builtin_inff(), l[r] = 0.0f;
       }
       for (int d = 0; d < panels; d++)
-        tile_rows<T, kKeys / Words<T>::per>(n, sc.p,
-                                            sc.v + (int64_t)d * words<T>(kKeys) * kPanel,
+        tile_rows<T, kKeys / Words<T>::per>(n, sc.p, sc.v + (int64_t)d * words<T>(kKeys) * kPanel,
                                             words<T>(used), sc.o + d * kPanel, dpad);
       for (int r = 0; r < n; r++) {
         const float* bo = sc.o + r * dpad;
@@ -287,50 +293,43 @@ static void attend_item(const SgAttention& a, const SgAttnItem& it, float* parti
                    first + it.q0 + r / group, it.kv_head * group + r % group);
 }
 
-// Put the partials of a split block together, rows shared among the team.
+// Put the partials of a split block together.
 template <class T>
-static void merge_stage(SgTeam& team, const SgAttention& a, const SgAttnPlan& plan,
-                        AttnScratch<T>& sc) {
+static void merge_item(const SgAttention& a, const SgAttnItem& it, const float* partials,
+                       AttnScratch<T>& sc) {
   const int group = a.q_heads / a.kv_heads, dpad = round_up(a.head_dim, kPanel);
-  int64_t index = 0;
-  for (int i = 0; i < plan.n_merges; i++) {
-    const SgAttnItem& it = plan.merges[i];
-    const int rows = (it.q1 - it.q0) * group;
-    for (int r = 0; r < rows; r++, index++) {
-      if (index % team.size != team.id) continue;
-      for (int b = 0; b < it.block1 - it.block0; b++) {
-        const float* p = plan.partials + it.partial + ((int64_t)b * rows + r) * (dpad + 2);
-        merge_row(sc.rows_o, sc.rows_ml, p, p[dpad], p[dpad + 1], dpad, b == 0);
-      }
-      write_row<T>(a, sc.rows_o, sc.rows_ml[1], a.q_starts[it.request] + it.q0 + r / group,
-                   it.kv_head * group + r % group);
+  const int rows = (it.q1 - it.q0) * group;
+  for (int r = 0; r < rows; r++) {
+    for (int b = 0; b < it.block1 - it.block0; b++) {
+      const float* p = partials + it.partial + ((int64_t)b * rows + r) * (dpad + 2);
+      merge_row(sc.rows_o, sc.rows_ml, p, p[dpad], p[dpad + 1], dpad, b == 0);
     }
+    write_row<T>(a, sc.rows_o, sc.rows_ml[1], a.q_starts[it.request] + it.q0 + r / group,
+                 it.kv_head * group + r % group);
   }
 }
 
 template <class T>
 static void write_kv_stage(SgTeam& team, const SgAttention& a) {
-  for (int64_t t = team.id; t < a.tokens; t += team.size)
-    for (int h = 0; h < a.kv_heads; h++) {
-      memcpy((T*)a.k_pool + a.out_loc[t] * a.k_slot + h * a.k_head,
-             (const T*)a.k_new + t * a.kn_token + h * a.kn_head, a.head_dim * sizeof(T));
-      memcpy((T*)a.v_pool + a.out_loc[t] * a.v_slot + h * a.v_head,
-             (const T*)a.v_new + t * a.vn_token + h * a.vn_head, a.head_dim * sizeof(T));
-    }
-  team.barrier();
+  team.share_range(a.tokens, 8, [&](int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; t++)
+      for (int h = 0; h < a.kv_heads; h++) {
+        memcpy((T*)a.k_pool + a.out_loc[t] * a.k_slot + h * a.k_head,
+               (const T*)a.k_new + t * a.kn_token + h * a.kn_head, a.head_dim * sizeof(T));
+        memcpy((T*)a.v_pool + a.out_loc[t] * a.v_slot + h * a.v_head,
+               (const T*)a.v_new + t * a.vn_token + h * a.vn_head, a.head_dim * sizeof(T));
+      }
+  });
 }
 
 template <class T>
 static void attention_stage(SgTeam& team, const SgAttention& a, const SgAttnPlan& plan) {
   AttnScratch<T> sc;
   sc.lay(a, team.scratch);
-  int64_t* counter = team.open();
-  for (int64_t i; (i = team.take(counter)) < plan.n_items;)
-    attend_item<T>(a, plan.items[i], plan.partials, sc);
-  if (plan.n_merges > 0) {
-    team.barrier();
-    merge_stage<T>(team, a, plan, sc);
-  }
+  team.share(plan.n_items, [&](int64_t i) { attend_item<T>(a, plan.items[i], plan.partials, sc); });
+  if (plan.n_merges > 0)
+    team.share(plan.n_merges,
+               [&](int64_t i) { merge_item<T>(a, plan.merges[i], plan.partials, sc); });
 }
 
 }  // namespace SG_ISA

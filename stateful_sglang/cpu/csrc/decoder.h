@@ -15,7 +15,11 @@ struct DecoderBuffers {
   T *q, *attn, *act;
   int64_t lay(const SgDecoder& d, char* base) {
     char* at = base;
-    auto take = [&](int64_t bytes) { char* r = at; at += (bytes + 127) / 64 * 64; return r; };
+    auto take = [&](int64_t bytes) {
+      char* r = at;
+      at += (bytes + 127) / 64 * 64;
+      return r;
+    };
     const int64_t n = d.tokens;
     residual = (float*)take(n * d.hidden * 4);
     qkv = (float*)take(n * (d.q_heads + 2 * d.kv_heads) * d.head_dim * 4);
@@ -79,33 +83,36 @@ static void rotate_and_write_stage(SgTeam& team, const SgDecoder& d, const SgLay
                                    const DecoderBuffers<T>& b) {
   const int heads = d.q_heads + 2 * d.kv_heads, dim = d.head_dim;
   const int64_t items = (int64_t)d.tokens * heads;
-  const int64_t from = items * team.id / team.size, to = items * (team.id + 1) / team.size;
-  for (int64_t i = from; i < to; i++) {
-    const int64_t t = i / heads;
-    const int h = (int)(i % heads);
-    float* x = b.qkv + i * dim;
-    if (h < d.q_heads) {
-      finish_head(d, l, x, l.q_norm, d.positions[t], b.q + (t * d.q_heads + h) * dim);
-    } else if (h < d.q_heads + d.kv_heads) {
-      T* k = (T*)l.k_pool + d.out_loc[t] * l.k_slot + (h - d.q_heads) * l.k_head;
-      finish_head(d, l, x, l.k_norm, d.positions[t], k);
-    } else {
-      T* v = (T*)l.v_pool + d.out_loc[t] * l.v_slot + (h - d.q_heads - d.kv_heads) * l.v_head;
-      for (int j = 0; j < dim; j += kLanes) store_upto(v + j, load_upto(x + j, dim - j), dim - j);
+  team.share_range(items, 5, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; i++) {
+      const int64_t t = i / heads;
+      const int h = (int)(i % heads);
+      float* x = b.qkv + i * dim;
+      if (h < d.q_heads) {
+        finish_head(d, l, x, l.q_norm, d.positions[t], b.q + (t * d.q_heads + h) * dim);
+      } else if (h < d.q_heads + d.kv_heads) {
+        T* k = (T*)l.k_pool + d.out_loc[t] * l.k_slot + (h - d.q_heads) * l.k_head;
+        finish_head(d, l, x, l.k_norm, d.positions[t], k);
+      } else {
+        T* v = (T*)l.v_pool + d.out_loc[t] * l.v_slot + (h - d.q_heads - d.kv_heads) * l.v_head;
+        for (int j = 0; j < dim; j += kLanes) store_upto(v + j, load_upto(x + j, dim - j), dim - j);
+      }
     }
-  }
+  });
 }
 
 // residual += norm(added)
 static void add_normed_stage(SgTeam& team, const SgDecoder& d, const float* norm, float* added,
                              float* residual) {
-  for (int64_t t = team.id; t < d.tokens; t += team.size) {
-    float *x = added + t * d.hidden, *r = residual + t * d.hidden;
-    norm_row(x, norm, 0.0f, d.eps, d.hidden, x);
-    for (int i = 0; i < d.hidden; i += kLanes)
-      store_upto(r + i, load_upto(r + i, d.hidden - i) + load_upto(x + i, d.hidden - i),
-                 d.hidden - i);
-  }
+  team.share_range(d.tokens, 4, [&](int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; t++) {
+      float *x = added + t * d.hidden, *r = residual + t * d.hidden;
+      norm_row(x, norm, 0.0f, d.eps, d.hidden, x);
+      for (int i = 0; i < d.hidden; i += kLanes)
+        store_upto(r + i, load_upto(r + i, d.hidden - i) + load_upto(x + i, d.hidden - i),
+                   d.hidden - i);
+    }
+  });
 }
 
 template <class T>
@@ -113,12 +120,13 @@ static void decoder_run(SgTeam& team, const SgDecoder& d, const SgAttnPlan& plan
   DecoderBuffers<T> b;
   b.lay(d, shared);
   const int width = (d.q_heads + 2 * d.kv_heads) * d.head_dim;
-  for (int64_t t = team.id; t < d.tokens; t += team.size) {
-    const T* x = (const T*)d.embeds + t * d.embeds_row;
-    for (int i = 0; i < d.hidden; i += kLanes)
-      store_upto(b.residual + t * d.hidden + i, load_upto(x + i, d.hidden - i), d.hidden - i);
-  }
-  team.barrier();
+  team.share_range(d.tokens, 8, [&](int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; t++) {
+      const T* x = (const T*)d.embeds + t * d.embeds_row;
+      for (int i = 0; i < d.hidden; i += kLanes)
+        store_upto(b.residual + t * d.hidden + i, load_upto(x + i, d.hidden - i), d.hidden - i);
+    }
+  });
 
   // A product of the residual, normalised, or of a buffer in the model's dtype.
   auto product = [&](const void* x, int inner, const float* norm, const void* weight,
@@ -142,16 +150,12 @@ static void decoder_run(SgTeam& team, const SgDecoder& d, const SgAttnPlan& plan
     p.out_row = out_row;
     p.out_f32 = out_f32;
     linear_stage<T>(team, p);
-    team.barrier();
   };
   auto add = [&](const void* x, int inner, const void* weight, const void* bias,
                  const float* norm) {
     product(x, inner, nullptr, weight, bias, d.hidden, norm ? SG_STORE : SG_ADD,
             norm ? b.added : b.residual, d.hidden, true);
-    if (norm) {
-      add_normed_stage(team, d, norm, b.added, b.residual);
-      team.barrier();
-    }
+    if (norm) add_normed_stage(team, d, norm, b.added, b.residual);
   };
 
   for (int i = 0; i < d.layers; i++) {
@@ -159,19 +163,19 @@ static void decoder_run(SgTeam& team, const SgDecoder& d, const SgAttnPlan& plan
     product(b.residual, d.hidden, l.input_norm, l.qkv, l.qkv_bias, width, SG_STORE, b.qkv, width,
             true);
     rotate_and_write_stage<T>(team, d, l, b);
-    team.barrier();
     const SgAttention a = decoder_attention<T>(d, l, b.q, b.attn);
     attention_stage<T>(team, a, plan);
-    team.barrier();
     add(b.attn, d.q_heads * d.head_dim, l.o, l.o_bias, l.attn_out_norm);
     product(b.residual, d.hidden, l.post_norm, l.gate_up, l.gate_up_bias, 2 * d.inter, SG_GATED,
             b.act, d.inter, false);
     add(b.act, d.inter, l.down, l.down_bias, l.mlp_out_norm);
   }
 
-  for (int64_t t = team.id; t < d.tokens; t += team.size)
-    norm_row(b.residual + t * d.hidden, d.final_norm, 0.0f, d.eps, d.hidden,
-             (T*)d.out + t * d.out_row);
+  team.share_range(d.tokens, 4, [&](int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; t++)
+      norm_row(b.residual + t * d.hidden, d.final_norm, 0.0f, d.eps, d.hidden,
+               (T*)d.out + t * d.out_row);
+  });
 }
 
 template <class T>

@@ -50,7 +50,7 @@ class Buffer {
 // One per calling thread: Python may call from several, having let go of its lock.
 struct Workspace {
   Buffer scratch, shared, partials;
-  std::vector<int64_t> counters;
+  std::vector<SgStage> stages;
   std::vector<SgAttnItem> items, merges;
 };
 thread_local Workspace g_work;
@@ -62,19 +62,19 @@ void run(int stages, int64_t scratch_bytes, int64_t want, F f) {
   // A page between threads' scratch, so that no two share a line and not all share cache sets.
   const int64_t each = (scratch_bytes + 4095) / 4096 * 4096 + 4096 + 256;
   char* scratch = g_work.scratch.get(each * threads);
-  g_work.counters.assign(stages + 1, 0);
-  SgShared shared = {0, 0, g_work.counters.data(), stages + 1};
+  g_work.stages.assign(stages, SgStage{0, 0});
+  SgStage* shared = g_work.stages.data();
   if (threads == 1) {
-    SgTeam team{0, 1, &shared, scratch};
+    SgTeam team{0, 1, shared, scratch};
     f(team);
     return;
   }
 #pragma omp parallel num_threads(threads)
   {
     const int id = omp_get_thread_num();
-    SgTeam team{id, omp_get_num_threads(), &shared,
-                reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch) + each * id + 63) /
-                                        64 * 64)};
+    SgTeam team{
+        id, omp_get_num_threads(), shared,
+        reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch) + each * id + 63) / 64 * 64)};
     f(team);
   }
 }
@@ -95,8 +95,13 @@ SgAttnPlan plan_attention(const SgAttention& a, int threads) {
       const int q1 = std::min(n_new, q0 + per);
       const int64_t last = masked ? seq : prefix + q1;
       const int64_t low = a.window < 0 ? 0 : std::max<int64_t>(0, prefix + q0 - a.window);
-      SgAttnItem it{b, 0, q0, q1, static_cast<int>(low / kAttnKeys),
-                    static_cast<int>((last + kAttnKeys - 1) / kAttnKeys), -1};
+      SgAttnItem it{b,
+                    0,
+                    q0,
+                    q1,
+                    static_cast<int>(low / kAttnKeys),
+                    static_cast<int>((last + kAttnKeys - 1) / kAttnKeys),
+                    -1};
       for (it.kv_head = 0; it.kv_head < a.kv_heads; it.kv_head++) {
         items.push_back(it);
         total += static_cast<int64_t>(it.block1 - it.block0) * ((q1 - q0) * group + 8);
@@ -125,8 +130,10 @@ SgAttnPlan plan_attention(const SgAttention& a, int threads) {
         part.block0 = k;
         part.block1 = std::min(k + step, it.block1);
         part.partial = floats + static_cast<int64_t>(k - it.block0) * rows * (dpad + 2);
-        if (k == it.block0) items[i] = part;
-        else items.push_back(part);
+        if (k == it.block0)
+          items[i] = part;
+        else
+          items.push_back(part);
       }
       floats += static_cast<int64_t>(blocks) * rows * (dpad + 2);
     }
@@ -146,9 +153,9 @@ SgAttnPlan plan_attention(const SgAttention& a, int threads) {
 
 // Sizes of the structs, for the caller to compare with its own.
 SG_API int64_t sg_abi(int which) {
-  const int64_t sizes[] = {sizeof(SgAttention), sizeof(SgLinear), sizeof(SgNorm), sizeof(SgRope),
-                           sizeof(SgGated),     sizeof(SgSample), sizeof(SgLayer),
-                           sizeof(SgDecoder)};
+  const int64_t sizes[] = {sizeof(SgAttention), sizeof(SgLinear), sizeof(SgNorm),
+                           sizeof(SgRope),      sizeof(SgGated),  sizeof(SgSample),
+                           sizeof(SgLayer),     sizeof(SgDecoder)};
   return which >= 0 && which < 8 ? sizes[which] : -1;
 }
 
@@ -164,7 +171,7 @@ SG_API void sg_attention(const SgAttention* a) {
   if (a->tokens == 0 && !a->k_new) return;
   const int threads = omp_get_max_threads();
   const SgAttnPlan plan = plan_attention(*a, threads);
-  run(2, g_kernels->attention_scratch(*a), std::max<int64_t>(1, plan.n_items),
+  run(3, g_kernels->attention_scratch(*a), std::max<int64_t>(1, plan.n_items),
       [&](SgTeam& t) { g_kernels->attention(t, *a, plan); });
 }
 
@@ -175,7 +182,7 @@ SG_API int64_t sg_packed_bytes(int dtype, int cols, int inner) {
 
 SG_API void sg_pack(int dtype, const void* weight, int64_t row_stride, int cols, int inner,
                     int interleave, void* out) {
-  run(0, 0, (cols + 31) / 32, [&](SgTeam& t) {
+  run(1, 0, (cols + 31) / 32, [&](SgTeam& t) {
     g_kernels->pack(t, dtype, weight, row_stride, cols, inner, interleave != 0, out);
   });
 }
@@ -186,17 +193,19 @@ SG_API void sg_linear(const SgLinear* a) {
 }
 
 // Row-wise work: another thread pays from some thousands of elements on.
-static int64_t threads_for(int64_t rows, int64_t cols) { return std::min(rows, rows * cols / 8192); }
+static int64_t threads_for(int64_t rows, int64_t cols) {
+  return std::min(rows, rows * cols / 8192);
+}
 
 SG_API void sg_norm(const SgNorm* a) {
-  run(0, 0, threads_for(a->rows, a->cols), [&](SgTeam& t) { g_kernels->norm(t, *a); });
+  run(1, 0, threads_for(a->rows, a->cols), [&](SgTeam& t) { g_kernels->norm(t, *a); });
 }
 SG_API void sg_rope(const SgRope* a) {
-  run(0, 0, threads_for(a->tokens, (a->q_heads + a->k_heads) * a->head_dim),
+  run(1, 0, threads_for(a->tokens, (a->q_heads + a->k_heads) * a->head_dim),
       [&](SgTeam& t) { g_kernels->rope(t, *a); });
 }
 SG_API void sg_gated(const SgGated* a) {
-  run(0, 0, threads_for(a->rows, 4 * a->cols), [&](SgTeam& t) { g_kernels->gated(t, *a); });
+  run(1, 0, threads_for(a->rows, 4 * a->cols), [&](SgTeam& t) { g_kernels->gated(t, *a); });
 }
 
 SG_API void sg_decoder(const SgDecoder* d) {
@@ -214,6 +223,6 @@ SG_API void sg_decoder(const SgDecoder* d) {
   a.mask_offsets = d->mask_offsets;
   const SgAttnPlan plan = plan_attention(a, omp_get_max_threads());
   char* shared = g_work.shared.get(g_kernels->decoder_shared(*d) + 64);
-  run(5 * d->layers, g_kernels->decoder_scratch(*d), 1 << 20,
+  run(9 * d->layers + 2, g_kernels->decoder_scratch(*d), 1 << 20,
       [&](SgTeam& t) { g_kernels->decoder(t, *d, plan, shared); });
 }

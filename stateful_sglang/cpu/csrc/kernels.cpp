@@ -7,8 +7,10 @@
 namespace SG_ISA {
 
 #define SG_BY_TYPE(dtype, call_f32, call_bf16) \
-  if ((dtype) == SG_F32) call_f32;             \
-  else call_bf16;
+  if ((dtype) == SG_F32)                       \
+    call_f32;                                  \
+  else                                         \
+    call_bf16;
 
 static int64_t attention_scratch(const SgAttention& a) {
   AttnScratch<float> f;
@@ -30,11 +32,10 @@ static void linear(SgTeam& t, const SgLinear& a) {
 }
 static void pack(SgTeam& t, int dtype, const void* weight, int64_t row_stride, int cols, int inner,
                  bool interleave, void* out) {
-  SG_BY_TYPE(dtype,
-             pack_stage(t, (const float*)weight, row_stride, cols, inner, interleave,
-                        (uint32_t*)out),
-             pack_stage(t, (const bf16*)weight, row_stride, cols, inner, interleave,
-                        (uint32_t*)out))
+  SG_BY_TYPE(
+      dtype,
+      pack_stage(t, (const float*)weight, row_stride, cols, inner, interleave, (uint32_t*)out),
+      pack_stage(t, (const bf16*)weight, row_stride, cols, inner, interleave, (uint32_t*)out))
 }
 static void norm(SgTeam& t, const SgNorm& a) {
   SG_BY_TYPE(a.dtype, norm_stage<float>(t, a), norm_stage<bf16>(t, a))
@@ -67,6 +68,16 @@ static void decoder(SgTeam& t, const SgDecoder& d, const SgAttnPlan& p, char* sh
 
 using namespace SG_ISA;
 extern const SgKernels SG_JOIN(sg_kernels_, SG_ISA) = {
-    SG_TEXT(SG_ISA), attention_scratch, linear_scratch_any, decoder_scratch, decoder_shared,
-    attention, linear, pack, norm, rope, gated, decoder,
+    SG_TEXT(SG_ISA),
+    attention_scratch,
+    linear_scratch_any,
+    decoder_scratch,
+    decoder_shared,
+    attention,
+    linear,
+    pack,
+    norm,
+    rope,
+    gated,
+    decoder,
 };

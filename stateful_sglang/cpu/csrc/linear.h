@@ -1,8 +1,8 @@
 // Linear layers over weights packed once, from one row to thousands.
 //
-// The packed weight is a sequence of panels (tile.h) of 32 output columns, so that a few rows stream
-// it from memory once, in order. The input is packed, and where asked normalised, by each thread for
-// itself: cheaper than a barrier.
+// The packed weight is a sequence of panels (tile.h) of 32 output columns, so that a few rows
+// stream it from memory once, in order. The input is packed, and where asked normalised, by each
+// thread for itself: cheaper than waiting for another.
 #pragma once
 #include "abi.h"
 #include "rows.h"
@@ -46,8 +46,10 @@ static void pack_input(const SgLinear& a, int m0, int m1, int w, uint32_t* out, 
         t = (T*)a.x + row;
       src[r] = (const uint32_t*)t;
     }
-    if (n == 1) memcpy(out + (int64_t)(m - m0) * w, src[0], (int64_t)w * 4);
-    else pack_rows(src, n, w, out + (int64_t)(m - m0) * w);
+    if (n == 1)
+      memcpy(out + (int64_t)(m - m0) * w, src[0], (int64_t)w * 4);
+    else
+      pack_rows(src, n, w, out + (int64_t)(m - m0) * w);
   }
 }
 
@@ -65,8 +67,10 @@ SG_INLINE void finish_tile(const SgLinear& a, float* c, int n, int m, int panel)
       const int half = kPanel / 2, to = col / 2;
       for (int i = 0; i < half; i += kLanes) {
         const vf y = activate(load(c + i), a.act) * load(c + half + i);
-        if (a.out_f32) store((float*)a.out + row + to + i, y);
-        else store((T*)a.out + row + to + i, y);
+        if (a.out_f32)
+          store((float*)a.out + row + to + i, y);
+        else
+          store((T*)a.out + row + to + i, y);
       }
     } else if (a.epilogue == SG_ADD) {
       float* o = (float*)a.out + row + col;
@@ -74,8 +78,10 @@ SG_INLINE void finish_tile(const SgLinear& a, float* c, int n, int m, int panel)
         store_upto(o + i, load_upto(o + i, width - i) + load(c + i), width - i);
     } else {
       for (int i = 0; i < width; i += kLanes) {
-        if (a.out_f32) store_upto((float*)a.out + row + col + i, load(c + i), width - i);
-        else store_upto((T*)a.out + row + col + i, load(c + i), width - i);
+        if (a.out_f32)
+          store_upto((float*)a.out + row + col + i, load(c + i), width - i);
+        else
+          store_upto((T*)a.out + row + col + i, load(c + i), width - i);
       }
     }
   }
@@ -86,12 +92,9 @@ static void linear_stage(SgTeam& team, const SgLinear& a) {
   const int w = words<T>(a.inner), panels = (a.cols + kPanel - 1) / kPanel;
   const int block = linear_block_rows(w);
   const int blocks = (a.rows + block - 1) / block;
-  int64_t* counter = team.open();
-  if (a.rows == 0) return;
-
   int per = (int)(((int64_t)panels * blocks + 16 * team.size - 1) / (16 * team.size));
   per = per > panels ? panels : per;
-  const int groups = (panels + per - 1) / per;
+  const int groups = per ? (panels + per - 1) / per : 0;
 
   const int kept = a.rows < block ? a.rows : block;
   uint32_t* packed = (uint32_t*)team.scratch;
@@ -99,7 +102,7 @@ static void linear_stage(SgTeam& team, const SgLinear& a) {
   float* c = (float*)(tmp + ((int64_t)kTileRows * w + 15) / 16 * 16);
 
   int have = -1;
-  for (int64_t i; (i = team.take(counter)) < (int64_t)groups * blocks;) {
+  team.share((int64_t)groups * blocks, [&](int64_t i) {
     const int b = (int)(i / groups), g = (int)(i % groups);
     const int m0 = b * block, m1 = m0 + block < a.rows ? m0 + block : a.rows;
     if (have != b) pack_input<T>(a, m0, m1, w, packed, tmp);
@@ -110,12 +113,14 @@ static void linear_stage(SgTeam& team, const SgLinear& a) {
       for (int m = m0; m < m1; m += kTileRows) {
         const int n = m1 - m < kTileRows ? m1 - m : kTileRows;
         const uint32_t* x = packed + (int64_t)(m - m0) * w;
-        if (m == m0) tile_packed<T, true>(n, x, weight, w, c, kPanel);
-        else tile_packed<T, false>(n, x, weight, w, c, kPanel);
+        if (m == m0)
+          tile_packed<T, true>(n, x, weight, w, c, kPanel);
+        else
+          tile_packed<T, false>(n, x, weight, w, c, kPanel);
         finish_tile<T>(a, c, n, m, p);
       }
     }
-  }
+  });
 }
 
 // Weight [cols, inner] to panels. Interleaved: the two halves of cols alternate by 16 columns, so
@@ -124,7 +129,7 @@ template <class T>
 static void pack_stage(SgTeam& team, const T* weight, int64_t row_stride, int cols, int inner,
                        bool interleave, uint32_t* out) {
   const int w = words<T>(inner), panels = (cols + kPanel - 1) / kPanel;
-  for (int p = team.id; p < panels; p += team.size) {
+  team.share(panels, [&](int64_t p) {
     const uint32_t* src[kPanel];
     int n = 0;
     for (int j = 0; j < kPanel && p * kPanel + j < cols; j++, n++) {
@@ -133,8 +138,8 @@ static void pack_stage(SgTeam& team, const T* weight, int64_t row_stride, int co
       src[j] = (const uint32_t*)(weight + col * row_stride);
     }
     for (int j = n; j < kPanel; j++) src[j] = src[0];
-    pack_panel(src, n, w, out + (int64_t)p * w * kPanel);
-  }
+    pack_panel(src, n, w, out + p * w * kPanel);
+  });
 }
 
 }  // namespace SG_ISA

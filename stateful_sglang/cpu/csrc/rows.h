@@ -29,18 +29,20 @@ SG_INLINE void norm_row(const X* x, const W* weight, float offset, float eps, in
 
 template <class T>
 static void norm_stage(SgTeam& team, const SgNorm& a) {
-  for (int64_t r = team.id; r < a.rows; r += team.size) {
-    const T* x = (const T*)a.x + r * a.x_row;
-    if (a.residual) {
-      T* res = (T*)a.residual + r * a.residual_row;
-      for (int i = 0; i < a.cols; i += kLanes) {
-        const int left = a.cols - i;
-        store_upto(res + i, load_upto(x + i, left) + load_upto(res + i, left), left);
+  team.share_range(a.rows, 4, [&](int64_t from, int64_t to) {
+    for (int64_t r = from; r < to; r++) {
+      const T* x = (const T*)a.x + r * a.x_row;
+      if (a.residual) {
+        T* res = (T*)a.residual + r * a.residual_row;
+        for (int i = 0; i < a.cols; i += kLanes) {
+          const int left = a.cols - i;
+          store_upto(res + i, load_upto(x + i, left) + load_upto(res + i, left), left);
+        }
+        x = res;
       }
-      x = res;
+      norm_row(x, (const T*)a.weight, a.weight_offset, a.eps, a.cols, (T*)a.out + r * a.out_row);
     }
-    norm_row(x, (const T*)a.weight, a.weight_offset, a.eps, a.cols, (T*)a.out + r * a.out_row);
-  }
+  });
 }
 
 SG_INLINE vf activate(vf x, int act) {
@@ -54,18 +56,20 @@ SG_INLINE vf activate(vf x, int act) {
 
 template <class T>
 static void gated_stage(SgTeam& team, const SgGated& a) {
-  for (int64_t r = team.id; r < a.rows; r += team.size) {
-    const T* x = (const T*)a.x + r * a.x_row;
-    T* out = (T*)a.out + r * a.out_row;
-    for (int i = 0; i < a.cols; i += kLanes) {
-      const int left = a.cols - i;
-      store_upto(out + i, activate(load_upto(x + i, left), a.act) * load_upto(x + a.cols + i, left),
-                 left);
+  team.share_range(a.rows, 4, [&](int64_t from, int64_t to) {
+    for (int64_t r = from; r < to; r++) {
+      const T* x = (const T*)a.x + r * a.x_row;
+      T* out = (T*)a.out + r * a.out_row;
+      for (int i = 0; i < a.cols; i += kLanes) {
+        const int left = a.cols - i;
+        const vf gate = activate(load_upto(x + i, left), a.act);
+        store_upto(out + i, gate * load_upto(x + a.cols + i, left), left);
+      }
     }
-  }
+  });
 }
 
-// Rotate one head from `in` to `out` (which may be the same); dimensions past rotary_dim are copied.
+// Rotate one head from `in` to `out` (which may be the same); what is past rotary_dim is copied.
 template <class I, class O, class C>
 SG_INLINE void rope_head(const I* in, O* out, const C* cache, int head_dim, int rotary_dim,
                          bool neox) {
@@ -92,23 +96,27 @@ SG_INLINE void rope_head(const I* in, O* out, const C* cache, int head_dim, int 
 
 template <class T, class C>
 static void rope_stage_typed(SgTeam& team, const SgRope& a) {
-  for (int64_t t = team.id; t < a.tokens; t += team.size) {
-    const C* cache = (const C*)a.cache + a.positions[t] * a.cache_row;
-    for (int h = 0; h < a.q_heads; h++) {
-      T* q = (T*)a.q + t * a.q_token + h * a.q_head;
-      rope_head(q, q, cache, a.head_dim, a.rotary_dim, a.neox);
+  team.share_range(a.tokens, 4, [&](int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; t++) {
+      const C* cache = (const C*)a.cache + a.positions[t] * a.cache_row;
+      for (int h = 0; h < a.q_heads; h++) {
+        T* q = (T*)a.q + t * a.q_token + h * a.q_head;
+        rope_head(q, q, cache, a.head_dim, a.rotary_dim, a.neox);
+      }
+      for (int h = 0; a.k && h < a.k_heads; h++) {
+        T* k = (T*)a.k + t * a.k_token + h * a.k_head;
+        rope_head(k, k, cache, a.head_dim, a.rotary_dim, a.neox);
+      }
     }
-    for (int h = 0; a.k && h < a.k_heads; h++) {
-      T* k = (T*)a.k + t * a.k_token + h * a.k_head;
-      rope_head(k, k, cache, a.head_dim, a.rotary_dim, a.neox);
-    }
-  }
+  });
 }
 
 template <class T>
 static void rope_stage(SgTeam& team, const SgRope& a) {
-  if (a.cache_f32) rope_stage_typed<T, float>(team, a);
-  else rope_stage_typed<T, T>(team, a);
+  if (a.cache_f32)
+    rope_stage_typed<T, float>(team, a);
+  else
+    rope_stage_typed<T, T>(team, a);
 }
 
 }  // namespace SG_ISA

@@ -1,8 +1,8 @@
 // Draws tokens from filtered probabilities without sorting the vocabulary.
 //
-// A histogram over the leading bits of the floats (which order positive floats) finds where top-k or
-// top-p ends up to one bucket; only that bucket is sorted. The law is that of sorting everything:
-// a token stays while fewer than k are likelier and their mass is at most p.
+// A histogram over the leading bits of the floats (which order positive floats) finds where top-k
+// or top-p ends up to one bucket; only that bucket is sorted. The law is that of sorting
+// everything: a token stays while fewer than k are likelier and their mass is at most p.
 #include <string.h>
 
 #include <algorithm>
@@ -61,7 +61,8 @@ Cut find_cut(const float* p, int n, int64_t k, double mass) {
   }
   std::vector<std::pair<float, int32_t>> edge;
   for (int i = 0; i < n; i++)
-    if (p[i] > 0.0f && static_cast<int>(bits_of(p[i]) >> kShift) == last) edge.push_back({-p[i], i});
+    if (p[i] > 0.0f && static_cast<int>(bits_of(p[i]) >> kShift) == last)
+      edge.push_back({-p[i], i});
   std::sort(edge.begin(), edge.end());
   Cut cut;
   for (const auto& [negative, index] : edge) {

@@ -25,9 +25,17 @@ SG_INLINE vu splat_bits(uint32_t x) { return vu{} + x; }
 SG_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 SG_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 
-SG_INLINE vf load(const float* p) { vf v; memcpy(&v, p, sizeof v); return v; }
+SG_INLINE vf load(const float* p) {
+  vf v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
 SG_INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
-SG_INLINE vu load_bits(const uint32_t* p) { vu v; memcpy(&v, p, sizeof v); return v; }
+SG_INLINE vu load_bits(const uint32_t* p) {
+  vu v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
 SG_INLINE void store_bits(uint32_t* p, vu v) { memcpy(p, &v, sizeof v); }
 SG_INLINE vu widen(const uint16_t* p) {
 #if defined(__AVX512F__)  // GCC 12 would convert by halves
@@ -82,11 +90,15 @@ SG_INLINE void store_part(T* p, vf v, int n) {
   memcpy(p, tmp, n * sizeof(T));
 }
 template <class T>
-SG_INLINE vf load_upto(const T* p, int n) { return n >= kLanes ? load(p) : load_part(p, n); }
+SG_INLINE vf load_upto(const T* p, int n) {
+  return n >= kLanes ? load(p) : load_part(p, n);
+}
 template <class T>
 SG_INLINE void store_upto(T* p, vf v, int n) {
-  if (n >= kLanes) store(p, v);
-  else store_part(p, v, n);
+  if (n >= kLanes)
+    store(p, v);
+  else
+    store_part(p, v, n);
 }
 
 SG_INLINE float sum(vf v) {
@@ -113,14 +125,24 @@ SG_INLINE float max_of(vf v) {
 }
 
 // A "word" is 32 bits of the inner dimension: one float, or two bf16 with the earlier one low.
-template <class T> struct Words { static constexpr int per = 4 / sizeof(T); };
 template <class T>
-SG_INLINE int words(int n) { return (n + Words<T>::per - 1) / Words<T>::per; }
+struct Words {
+  static constexpr int per = 4 / sizeof(T);
+};
+template <class T>
+SG_INLINE int words(int n) {
+  return (n + Words<T>::per - 1) / Words<T>::per;
+}
 
 // acc + a . b over the words' elements.
-template <class T> inline __attribute__((always_inline)) vf dot(vf acc, vu a, vu b);
-template <> inline __attribute__((always_inline)) vf dot<float>(vf acc, vu a, vu b) { return acc + (vf)a * (vf)b; }
-template <> inline __attribute__((always_inline)) vf dot<bf16>(vf acc, vu a, vu b) {
+template <class T>
+inline __attribute__((always_inline)) vf dot(vf acc, vu a, vu b);
+template <>
+inline __attribute__((always_inline)) vf dot<float>(vf acc, vu a, vu b) {
+  return acc + (vf)a * (vf)b;
+}
+template <>
+inline __attribute__((always_inline)) vf dot<bf16>(vf acc, vu a, vu b) {
 #if defined(__AVX512BF16__)
   return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 #else

@@ -1,9 +1,12 @@
-// Threads that run one function together: identity, barrier and shared work counters.
+// Threads that run one function together: stages of work items, each handed out once.
 //
 // Kernels are written as stages of a team, so that a stage can be a whole call (one op) or one of
-// hundreds in a single parallel region (the decoder). Nothing here may instantiate a template of
-// the standard library: this header is compiled once per instruction set, and the linker would keep
-// any one of the copies.
+// hundreds in a single parallel region (the decoder). A stage ends when its items are done, not
+// when every thread has come by: on a machine whose cores are shared with other processes a thread
+// that was descheduled between items holds nobody up, and finds its part done when it comes back.
+//
+// Nothing here may instantiate a template of the standard library: this header is compiled once per
+// instruction set, and the linker would keep any one of the copies.
 #pragma once
 #include <sched.h>
 #include <stddef.h>
@@ -12,42 +15,44 @@
 // Inlined everywhere, so that no copy of one instruction set is left for another to call.
 #define SG_TEAM inline __attribute__((always_inline))
 
-struct SgShared {
-  alignas(64) int32_t arrived;
-  alignas(64) int32_t phase;
-  alignas(64) int64_t* counters;  // one per stage, zero at the start
-  int32_t n_counters;
+struct alignas(64) SgStage {
+  int64_t taken, done;
 };
 
 struct SgTeam {
   int id, size;
-  SgShared* shared;
-  char* scratch;         // this thread's own, 64-byte aligned
+  SgStage* stages;  // zero at the start, one for each call of share
+  char* scratch;    // this thread's own, 64-byte aligned
   int stage = 0;
-  int32_t phase = 0;
 
-  // Wait for everybody. Spins first: stages are microseconds long; yields when a peer was descheduled.
-  SG_TEAM void barrier() {
-    if (size == 1) return;
-    phase += 1;
-    if (__atomic_add_fetch(&shared->arrived, 1, __ATOMIC_ACQ_REL) == size) {
-      __atomic_store_n(&shared->arrived, 0, __ATOMIC_RELAXED);
-      __atomic_store_n(&shared->phase, phase, __ATOMIC_RELEASE);
-      return;
+  // Run f(0) .. f(items - 1), each on one thread; returns when all are done. All members call it
+  // with the same count, in the same order.
+  template <class F>
+  SG_TEAM void share(int64_t items, F f) {
+    SgStage& s = stages[stage++];
+    for (int64_t i; (i = __atomic_fetch_add(&s.taken, 1, __ATOMIC_RELAXED)) < items;) {
+      f(i);
+      __atomic_fetch_add(&s.done, 1, __ATOMIC_RELEASE);
     }
-    for (int spins = 0; __atomic_load_n(&shared->phase, __ATOMIC_ACQUIRE) != phase; spins++) {
+    // Spins first: items take microseconds; yields when the one who has the last was descheduled.
+    for (int spins = 0; __atomic_load_n(&s.done, __ATOMIC_ACQUIRE) < items; spins++) {
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #elif defined(__aarch64__)
       __asm__ __volatile__("yield");
 #endif
-      if (spins > 4000) sched_yield();
+      if (spins > 2000) sched_yield();
     }
   }
 
-  // A counter that all members reach in the same order; take() hands out 0, 1, 2, ... once each.
-  SG_TEAM int64_t* open() { return &shared->counters[stage++]; }
-  SG_TEAM int64_t take(int64_t* counter) const {
-    return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
+  // Likewise for a range cut into pieces of at least `least`: f(from, to).
+  template <class F>
+  SG_TEAM void share_range(int64_t count, int64_t least, F f) {
+    int64_t step = count / (4 * size);
+    step = step < least ? least : step;
+    share((count + step - 1) / step, [&](int64_t i) {
+      const int64_t to = (i + 1) * step;
+      f(i * step, to < count ? to : count);
+    });
   }
 };

@@ -65,10 +65,12 @@ static void tile_packed(int rows, const uint32_t* a, const uint32_t* b, int inne
                         int ldc) {
   switch (rows) {
 #define SG_CASE(R) \
-  case R: return tile_mr<T, R, 1, R, kStream>(a, b, inner, c, ldc);
-    SG_CASE(1) SG_CASE(2) SG_CASE(3) SG_CASE(4)
+  case R:          \
+    return tile_mr<T, R, 1, R, kStream>(a, b, inner, c, ldc);
+    SG_CASE(1)
+    SG_CASE(2) SG_CASE(3) SG_CASE(4)
 #if SG_LANES == 16
-    SG_CASE(5) SG_CASE(6) SG_CASE(7) SG_CASE(8) SG_CASE(9) SG_CASE(10) SG_CASE(11) SG_CASE(12)
+        SG_CASE(5) SG_CASE(6) SG_CASE(7) SG_CASE(8) SG_CASE(9) SG_CASE(10) SG_CASE(11) SG_CASE(12)
 #endif
 #undef SG_CASE
   }
@@ -80,10 +82,12 @@ static void tile_rows(int rows, const uint32_t* a, const uint32_t* b, int inner,
                       int ldc) {
   switch (rows) {
 #define SG_CASE(R) \
-  case R: return tile_mr<T, R, RS, 1, false>(a, b, inner, c, ldc);
-    SG_CASE(1) SG_CASE(2) SG_CASE(3) SG_CASE(4)
+  case R:          \
+    return tile_mr<T, R, RS, 1, false>(a, b, inner, c, ldc);
+    SG_CASE(1)
+    SG_CASE(2) SG_CASE(3) SG_CASE(4)
 #if SG_LANES == 16
-    SG_CASE(5) SG_CASE(6) SG_CASE(7) SG_CASE(8) SG_CASE(9) SG_CASE(10) SG_CASE(11) SG_CASE(12)
+        SG_CASE(5) SG_CASE(6) SG_CASE(7) SG_CASE(8) SG_CASE(9) SG_CASE(10) SG_CASE(11) SG_CASE(12)
 #endif
 #undef SG_CASE
   }
