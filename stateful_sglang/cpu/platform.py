@@ -54,6 +54,9 @@ def prepare() -> Prepared:
             "SGLANG_USE_CPU_ENGINE=1."
         )
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    # SGLang compiles small functions (penalties, for one) with torch.compile: here that takes a C++
+    # compiler and seconds in the middle of a request, to save microseconds.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     return Prepared(
         cpu_engine=True,
         torchvision_schemas=schemas,

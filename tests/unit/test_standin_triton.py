@@ -75,3 +75,13 @@ def test_a_kernel_keeps_its_function() -> None:
         add(3)
     with pytest.raises(triton.TritonMissingError, match="add was launched"):
         add.run(3)
+
+
+def test_torch_sees_no_triton_in_the_stand_in() -> None:
+    code = (
+        f"import sys\n{HIDE}\n"
+        "from stateful_sglang.cpu.standin import triton; triton.install()\n"
+        "from torch.utils._triton import has_triton; assert not has_triton()\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

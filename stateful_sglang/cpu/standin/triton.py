@@ -114,6 +114,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
                 cdiv=cdiv,
                 next_power_of_2=next_power_of_2,
             )
+        elif module.__name__ == "triton.backends":
+            module.__dict__.update(backends={})  # torch asks which devices Triton compiles for
 
 
 def install() -> None:
