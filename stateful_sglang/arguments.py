@@ -61,6 +61,7 @@ def settle(ours: argparse.Namespace, theirs: list[str]) -> tuple[Any, PluginConf
         pin_budget=ours.pin_budget,
         draft=ours.draft,
         max_draft=ours.max_draft,
+        cpu_quant=ours.cpu_quant,
     )
     config.to_env()
     prepared = platform.prepare()
@@ -77,7 +78,13 @@ def settle(ours: argparse.Namespace, theirs: list[str]) -> tuple[Any, PluginConf
     check_port(given, added)
     report = ""
     if prepared.cpu_engine and given.get("device", "cpu") == "cpu":
-        report = suit_cpu(given, added)
+        report = suit_cpu(given, added, int8=config.cpu_quant == "int8")
+    elif config.cpu_quant != "off":
+        raise LaunchError(
+            f"--cpu-quant {config.cpu_quant} is for a server without a GPU; this one runs on "
+            f"{given.get('device', 'an accelerator')}. Leave it out, or use SGLang's own "
+            "--quantization"
+        )
     if config.stateful:
         suit_sessions(config, given, added)
     server_args = _server_args(argv + _flags(added))
@@ -187,8 +194,12 @@ def check_model(path: str, load_format: str) -> None:
         )
 
 
-def suit_cpu(given: Mapping[str, Any], added: dict[str, Setting]) -> str:
-    """Add CPU settings, set the thread count of the processes to come, and describe both."""
+def suit_cpu(given: Mapping[str, Any], added: dict[str, Setting], *, int8: bool = False) -> str:
+    """Add CPU settings, set the thread count of the processes to come, and describe both.
+
+    Raises:
+        LaunchError: The model or the memory will not do, or int8 was asked for without kernels.
+    """
     path = str(given.get("model_path") or added["model_path"])
     dtype = str(given.get("dtype", "bfloat16"))
     try:
@@ -204,7 +215,12 @@ def suit_cpu(given: Mapping[str, Any], added: dict[str, Setting]) -> str:
     here = machine.probe()
     kernels = _kernels()
     if kernels.isa is not None:
-        shape = dataclasses.replace(shape, packed_bytes=shape.weight_bytes)
+        shape = dataclasses.replace(shape, packed_bytes=shape.packed_size(int8=int8))
+    elif int8:
+        raise LaunchError(
+            f"--cpu-quant int8 needs the compiled kernels, and there are none: {kernels.detail}. "
+            "Leave it out, or mend that"
+        )
     try:
         choices = device.choose(
             here,

@@ -53,6 +53,12 @@ class ModelShape:
     """Some layers see a window of the context only."""
     packed_bytes: int = 0
     """Of the weights' second copy, in the layout of the compiled kernels; 0 without those."""
+    element_bytes: int = 2
+    """Of a weight, in the dtype it is served in."""
+
+    def packed_size(self, *, int8: bool) -> int:
+        """Bytes of the second copy where there are kernels."""
+        return self.weight_bytes // self.element_bytes if int8 else self.weight_bytes
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,7 @@ def model_shape(config: Mapping[str, Any], stored_bytes: int | None, dtype: str)
         kv_bytes_per_token=2 * layers * kv_heads * head_dim * width,
         max_context=int(text.get("max_position_embeddings") or text.get("n_positions") or 2048),
         sliding_window=bool(text.get("sliding_window") or text.get("attention_chunk_size")),
+        element_bytes=width,
     )
 
 

@@ -84,6 +84,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="most tokens drafted for a request in one step (default: %(default)s)",
     )
     parser.add_argument(
+        "--cpu-quant",
+        choices=["off", "int8"],
+        default=defaults.cpu_quant,
+        help="without a GPU: round weights to int8, half the memory to read and no longer exact "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--cache-dir",
         type=Path,
         metavar="DIR",

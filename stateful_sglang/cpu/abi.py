@@ -50,7 +50,7 @@ class Linear(Structure):
 
     _fields_ = _fields(
         """i32 dtype rows cols inner; ptr x; i64 x_row; i32 x_f32; ptr norm; f32 norm_eps;
-        ptr weight bias; i32 epilogue act; ptr out; i64 out_row; i32 out_f32"""
+        ptr weight scale bias; i32 epilogue act; ptr out; i64 out_row; i32 out_f32"""
     )
 
 
@@ -91,7 +91,7 @@ class Layer(Structure):
 
     _fields_ = _fields(
         """ptr input_norm post_norm qkv qkv_bias o o_bias gate_up gate_up_bias down down_bias
-        q_norm k_norm attn_out_norm mlp_out_norm k_pool v_pool; i64 k_slot k_head v_slot v_head;
+        qkv_scale o_scale gate_up_scale down_scale q_norm k_norm attn_out_norm mlp_out_norm k_pool v_pool; i64 k_slot k_head v_slot v_head;
         ptr rope_cache; i32 rope_cache_f32; i64 rope_row; f32 scale logit_cap; i64 window"""
     )
 
@@ -139,3 +139,6 @@ def declare(lib: ctypes.CDLL) -> None:
     lib.sg_packed_bytes.argtypes, lib.sg_packed_bytes.restype = [c_int, c_int, c_int], c_int64
     lib.sg_pack.argtypes = [c_int, c_void_p, c_int64, c_int, c_int, c_int, c_void_p]
     lib.sg_pack.restype = None
+    lib.sg_packed_int8_bytes.argtypes, lib.sg_packed_int8_bytes.restype = [c_int, c_int], c_int64
+    lib.sg_pack_int8.argtypes = [*lib.sg_pack.argtypes, c_void_p]
+    lib.sg_pack_int8.restype = None

@@ -35,14 +35,18 @@ ATTACHMENTS: tuple[Attachment, ...] = (
 )
 
 
-def attach() -> None:
-    """Make SGLang's CPU device use our engine; nothing happens where it runs on an accelerator."""
+def attach(*, int8: bool = False) -> None:
+    """Make SGLang's CPU device use our engine; nothing happens where it runs on an accelerator.
+
+    Args:
+        int8: Round the weights of linear layers and of the LM head to int8.
+    """
     if platform.has_accelerator():
         return
     from sglang.srt.layers.attention import attention_registry
 
     attention_registry.ATTENTION_BACKENDS["torch_native"] = _create_backend
-    layers.attach()
+    layers.attach(int8=int8)
 
 
 def _create_backend(runner: Any) -> Any:

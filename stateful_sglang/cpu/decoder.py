@@ -163,11 +163,13 @@ def _fill(row: abi.Layer, layer: DecoderLayer) -> None:
         return None if tensor is None else tensor.data_ptr()
 
     row.input_norm, row.post_norm = at(layer.input_norm), at(layer.post_norm)
-    row.qkv, row.qkv_bias = at(layer.qkv.data), at(layer.qkv_bias)
-    row.o, row.o_bias = at(layer.o.data), at(layer.o_bias)
-    row.gate_up, row.down, row.down_bias = (
-        at(layer.gate_up.data),
-        at(layer.down.data),
+    for name in ("qkv", "o", "gate_up", "down"):
+        packed: Packed = getattr(layer, name)
+        setattr(row, name, at(packed.data))
+        setattr(row, f"{name}_scale", at(packed.scale))
+    row.qkv_bias, row.o_bias, row.down_bias = (
+        at(layer.qkv_bias),
+        at(layer.o_bias),
         at(layer.down_bias),
     )
     row.q_norm, row.k_norm = at(layer.q_norm), at(layer.k_norm)

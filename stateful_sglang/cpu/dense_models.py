@@ -81,8 +81,11 @@ def _class_name(module: object) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def build(model: nn.Module) -> DenseModel:
+def build(model: nn.Module, *, int8: bool = False) -> DenseModel:
     """Pack a model's layers (`LlamaModel` and its like, not the causal LM around it).
+
+    Args:
+      int8: round the weights of linear layers to int8.
 
     Raises:
       UnsupportedModelError: something in it is not what the stack computes.
@@ -91,11 +94,12 @@ def build(model: nn.Module) -> DenseModel:
     family = next((f for f in FAMILIES if name == f"{f.module}.{f.model}"), None)
     if family is None:
         raise UnsupportedModelError(f"the model class is {name}")
-    return _Builder(model, family).build()
+    return _Builder(model, family, int8).build()
 
 
 class _Builder:
-    def __init__(self, model: nn.Module, family: Family) -> None:
+    def __init__(self, model: nn.Module, family: Family, int8: bool) -> None:
+        self.int8 = int8
         self.model = model
         self.family = family
         self.refreshers: list[Refresh] = []
@@ -199,7 +203,7 @@ class _Builder:
         check_linear(linear)
         weight = linear.weight
         _require(weight.dtype == self.dtype, f"weights of {weight.dtype} and {self.dtype}")
-        packed = ops.pack(weight.data, gated)
+        packed = ops.pack(weight.data, gated, self.int8)
         _require(not gated or linear.bias is None, "a bias on the gated layer")
         self.refreshers.append(lambda: ops.repack(packed, linear.weight.data))
         return packed

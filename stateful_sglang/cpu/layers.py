@@ -78,7 +78,7 @@ ATTACHMENTS: tuple[Attachment, ...] = (
 )
 
 
-def attach() -> None:
+def attach(*, int8: bool = False) -> None:
     """Register the hooks; call it in a server process whose device is a CPU."""
     if extension.load() is None:
         return
@@ -88,7 +88,7 @@ def attach() -> None:
 
     def loaded(result: Any, runner: Any, *_: Any, **__: Any) -> Any:
         if runner.device == "cpu":
-            modules.attach_to_model(runner.model)
+            modules.attach_to_model(runner.model, int8=int8)
         return result
 
     def updated(result: Any, updater: Any, *_: Any, **__: Any) -> Any:

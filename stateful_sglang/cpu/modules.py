@@ -24,16 +24,16 @@ logger = logging.getLogger(__name__)
 _REFRESHERS = "_stateful_sglang_refreshers"
 
 
-def attach_to_model(model: nn.Module) -> str:
-    """Put the kernels under a loaded causal LM; says what was done."""
+def attach_to_model(model: nn.Module, *, int8: bool = False) -> str:
+    """Put the kernels under a loaded causal LM, its weights rounded if asked; says what was done."""
     start = time.monotonic()
     refreshers: list[Callable[[], None]] = []
-    head = _attach_head(model, refreshers)
+    head = _attach_head(model, refreshers, int8)
     inner = getattr(model, "model", model)
     try:
-        dense = dense_models.build(inner)
+        dense = dense_models.build(inner, int8=int8)
     except UnsupportedModelError as reason:
-        counts = _attach_modules(model, refreshers)
+        counts = _attach_modules(model, refreshers, int8)
         done = f"layer by layer ({reason}): " + (
             ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())) or "nothing known"
         )
@@ -45,7 +45,7 @@ def attach_to_model(model: nn.Module) -> str:
     kernels = extension.load()
     summary = (
         f"CPU kernels ({kernels.isa if kernels else 'none'}) under {type(model).__name__}: {done}; "
-        f"LM head {head}; packed in {time.monotonic() - start:.1f} s"
+        f"LM head {head}; packed{' as int8' if int8 else ''} in {time.monotonic() - start:.1f} s"
     )
     logger.info(summary)
     return summary
@@ -99,7 +99,7 @@ def _install(inner: nn.Module, dense: DenseModel) -> None:
     object.__setattr__(inner, "forward", forward)
 
 
-def _attach_head(model: nn.Module, refreshers: list[Callable[[], None]]) -> str:
+def _attach_head(model: nn.Module, refreshers: list[Callable[[], None]], int8: bool) -> str:
     from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
     from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -112,7 +112,7 @@ def _attach_head(model: nn.Module, refreshers: list[Callable[[], None]]) -> str:
         or not ops.supports(head.weight.dtype, head.weight.shape[1])
     ):
         return f"left to SGLang ({type(head).__name__})"
-    packed = ops.pack(head.weight.data)
+    packed = ops.pack(head.weight.data, int8=int8)
 
     class PackedHeadMethod(UnquantizedEmbeddingMethod):
         """The LM head over a packed weight, its logits in float32 without a rounding between."""
@@ -127,7 +127,9 @@ def _attach_head(model: nn.Module, refreshers: list[Callable[[], None]]) -> str:
     return "packed"
 
 
-def _attach_modules(model: nn.Module, refreshers: list[Callable[[], None]]) -> Counter[str]:
+def _attach_modules(
+    model: nn.Module, refreshers: list[Callable[[], None]], int8: bool
+) -> Counter[str]:
     from sglang.srt.layers import activation
     from sglang.srt.layers.linear import LinearBase
     from sglang.srt.layers.rotary_embedding import RotaryEmbedding
@@ -139,7 +141,7 @@ def _attach_modules(model: nn.Module, refreshers: list[Callable[[], None]]) -> C
                 dense_models.check_linear(module)
             except UnsupportedModelError:
                 continue
-            _attach_linear(module, refreshers)
+            _attach_linear(module, refreshers, int8)
             counts["linear"] += 1
         elif type(module) in (activation.SiluAndMul, activation.GeluAndMul):
             _attach_activation(module)
@@ -160,10 +162,10 @@ def _attach_modules(model: nn.Module, refreshers: list[Callable[[], None]]) -> C
     return counts
 
 
-def _attach_linear(linear: nn.Module, refreshers: list[Callable[[], None]]) -> None:
+def _attach_linear(linear: nn.Module, refreshers: list[Callable[[], None]], int8: bool) -> None:
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-    packed = ops.pack(linear.weight.data)
+    packed = ops.pack(linear.weight.data, int8=int8)
 
     class PackedLinearMethod(UnquantizedLinearMethod):
         """A linear layer over a packed weight."""

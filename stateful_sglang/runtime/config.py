@@ -25,6 +25,8 @@ class PluginConfig:
     draft: Literal["auto", "off"] = "auto"
     max_draft: int = 8
     """Most tokens drafted for a request in one step."""
+    cpu_quant: Literal["off", "int8"] = "off"
+    """What the CPU kernels round a model's weights to."""
 
     def to_env(self) -> None:
         """Publish these settings to this process and to those it will spawn."""

@@ -31,7 +31,7 @@ def _attach(config: PluginConfig) -> None:
     from stateful_sglang.runtime import attachments
 
     attachments.require_match()
-    cpu.attach()
+    cpu.attach(int8=config.cpu_quant == "int8")
     if not config.stateful:
         return
     from stateful_sglang.prefix import tree

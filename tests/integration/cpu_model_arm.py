@@ -1,6 +1,6 @@
 """Run by test_cpu_models in a process of its own: SGLang's model runner against transformers.
 
-``python cpu_model_arm.py FAMILY stack|modules``: a tiny random model of that family, saved as a
+``python cpu_model_arm.py FAMILY stack|modules [int8]``: a tiny random model of that family, saved as a
 checkpoint, through SGLang's own loader, scheduler batches and runner with our kernels attached;
 logits of two prompts and of greedy steps after them are compared with transformers in float32, then
 all weights are changed through SGLang's weight updater and compared again. Prints one JSON line.
@@ -149,7 +149,8 @@ def worst_error(runner, model, prompts: list[list[int]], steps: int) -> tuple[fl
 
 
 def main() -> None:
-    family, path = sys.argv[1:]
+    family, path = sys.argv[1:3]
+    int8 = sys.argv[3:] == ["int8"]
     if path == "modules":
         from stateful_sglang.cpu import dense_models
 
@@ -158,7 +159,7 @@ def main() -> None:
 
     said: list[str] = []
     attach = modules.attach_to_model
-    modules.attach_to_model = lambda model: said.append(attach(model))
+    modules.attach_to_model = lambda model, **_: said.append(attach(model, int8=int8))
 
     model = reference(family)
     gen = torch.Generator().manual_seed(5)

@@ -21,6 +21,14 @@ def rms(x, weight, eps):
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
+def on_int8_grid(weight):
+    """The weight rounded to int8 with a power of two for each column's step."""
+    step = 2.0 ** (weight.float().abs().amax(1, keepdim=True) / 127).log2().ceil()
+    rounded = (weight.float() / step).round()
+    rounded[:, 0] = 127
+    return (rounded * step).to(weight.dtype)
+
+
 class Tiny:
     """A random dense model and its reference in float64."""
 
@@ -37,12 +45,14 @@ class Tiny:
         window=-1,
         neox=True,
         rotary=None,
+        int8=False,
         seed=0,
     ):
         gen = torch.Generator().manual_seed(seed)
         self.dtype, self.heads, self.dim, self.act = dtype, heads, dim, act
         self.cap, self.window, self.neox = cap, window, neox
         self.rotary, self.eps = rotary or dim, 1e-5
+        self.int8 = int8
 
         def rand(*shape, scale=1.0):
             return (torch.randn(shape, generator=gen) * scale).to(dtype)
@@ -68,6 +78,8 @@ class Tiny:
                 w["q_norm"], w["k_norm"] = norm(dim), norm(dim)
             if sandwich:
                 w["attn_out_norm"], w["mlp_out_norm"] = norm(HIDDEN), norm(HIDDEN)
+            if int8:  # Weights that rounding leaves as they are.
+                w |= {name: on_int8_grid(w[name]) for name in ("qkv", "o", "gate_up", "down")}
             self.weights.append(w)
         self.final = norm(HIDDEN)
         angles = torch.arange(900)[:, None] * 10000 ** (
@@ -93,7 +105,7 @@ class Tiny:
         packed = ("qkv", "o", "gate_up", "down")
         layers = [
             DecoderLayer(
-                **{k: ops.pack(w[k], k == "gate_up") for k in packed},
+                **{k: ops.pack(w[k], k == "gate_up", self.int8) for k in packed},
                 **{k: v for k, v in w.items() if k not in packed},
                 rope_cache=self.rope,
                 scale=self.dim**-0.5,
@@ -182,6 +194,7 @@ FEATURES = [
     {"qk_norm": True, "dim": 16},
     {"sandwich": True, "act": "gelu_tanh", "cap": 1.5, "window": 40},
     {"act": "gelu", "neox": False, "rotary": 16},
+    {"int8": True, "bias": True},
 ]
 
 
@@ -198,9 +211,10 @@ def test_stack_matches_float64(features, dtype):
         assert error < (2e-6 if dtype == torch.float32 else 1.5e-2), error
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_has_the_same_bits_however_it_came(dtype):
-    model = Tiny(dtype)
+def test_a_token_has_the_same_bits_however_it_came(dtype, int8):
+    model = Tiny(dtype, int8=int8)
     gen = torch.Generator().manual_seed(4)
     sequences = [torch.randn((n, HIDDEN), generator=gen).to(dtype) for n in (140, 33)]
     at_once = run_in_pieces(model, sequences, [500])

@@ -71,12 +71,59 @@ def test_gated_linear_and_gated(rows, half, dtype, act):
     close(ops.gated(both, act), apply(gate) * up)
 
 
-def test_repacking_follows_the_weight():
+def on_int8_grid(cols: int, inner: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """A weight that rounding to int8 leaves as it is: integers over 64, 127 among each column's."""
+    gen = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-127, 128, (cols, inner), generator=gen)
+    weight[torch.arange(cols), torch.randint(0, inner, (cols,), generator=gen)] = 127
+    return (weight / 64).to(dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.one_of(st.integers(0, 30), st.sampled_from([97, 250])),
+    cols=st.integers(1, 140),
+    inner=st.integers(1, 100).map(lambda n: 2 * n),
+    dtype=dtypes,
+    bias=st.booleans(),
+    f32=st.booleans(),
+)
+def test_int8_linear(rows, cols, inner, dtype, bias, f32):
+    weight = on_int8_grid(cols, inner, dtype, seed=1)
+    weight[cols // 2] = 0
+    x = rand(rows, inner, dtype=dtype, seed=2)
+    b = rand(cols, dtype=dtype, seed=3) if bias else None
+    packed = ops.pack(weight, int8=True)
+    got = ops.linear(x, packed, b, out_dtype=torch.float32 if f32 else None)
+    close(got, x.double() @ weight.double().T + (b.double() if bias else 0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_int8_gated_layer_and_its_bits_in_any_company(dtype):
+    weight = on_int8_grid(192, 128, dtype, seed=1)
+    packed = ops.pack(weight, gated=True, int8=True)
+    x = rand(300, 128, dtype=dtype, seed=2, scale=0.1)
+    together = ops.linear(x, packed)
+    gate, up = (x.double() @ weight.double().T).chunk(2, -1)
+    close(together, functional.silu(gate) * up)
+    for n in (1, 2, 3, 5, 6, 7, 12, 13, 241):
+        assert torch.equal(ops.linear(x[7 : 7 + n], packed), together[7 : 7 + n])
+
+
+def test_rounding_to_int8_errs_by_half_a_step_at_most():
+    weight = rand(70, 64, dtype=torch.float32, seed=1)
+    step = weight.abs().amax(1) / 127
+    rounded = ops.linear(torch.eye(64), ops.pack(weight, int8=True)).T
+    assert ((rounded - weight).abs() <= 0.5001 * step[:, None]).all()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_repacking_follows_the_weight(int8):
     first, second = (rand(70, 64, dtype=torch.bfloat16, seed=s) for s in (1, 2))
     x = rand(3, 64, dtype=torch.bfloat16, seed=3)
-    packed = ops.pack(first)
+    packed = ops.pack(first, int8=int8)
     ops.repack(packed, second)
-    assert torch.equal(ops.linear(x, packed), ops.linear(x, ops.pack(second)))
+    assert torch.equal(ops.linear(x, packed), ops.linear(x, ops.pack(second, int8=int8)))
     with pytest.raises(ValueError, match="repack"):
         ops.repack(packed, second[:5])
 

@@ -47,6 +47,20 @@ def test_no_drafts_at_all_is_another_flag() -> None:
         launch.parse(["--max-draft", "0"])
 
 
+def test_another_quantisation_names_the_known_ones() -> None:
+    with pytest.raises(LaunchError, match="int8"):
+        launch.parse(["--cpu-quant", "int4"])
+
+
+def test_int8_without_kernels_says_why_there_are_none(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STATEFUL_SGLANG_CPU_ISA", "off")
+    (model_dir / "model.safetensors").write_bytes(b"x" * 1000)
+    with pytest.raises(LaunchError, match="needs the compiled kernels.*STATEFUL_SGLANG_CPU_ISA"):
+        arguments.suit_cpu({"model_path": str(model_dir)}, {}, int8=True)
+
+
 def test_a_value_that_is_no_number_is_refused() -> None:
     with pytest.raises(LaunchError, match="--pin-budget"):
         launch.parse(["--pin-budget", "half"])

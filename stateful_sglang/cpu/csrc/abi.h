@@ -52,6 +52,7 @@ typedef struct {
   const void* norm;  // RMSNorm weight [K] (float32), or null: x as it is
   float norm_eps;
   const void* weight;  // packed
+  const void* scale;   // [N up to a multiple of 32] float32: the weight is int8; or null
   const void* bias;    // [N] in dtype, in packed column order, or null
   int32_t epilogue, act;
   void* out;
@@ -109,7 +110,8 @@ typedef struct {
 typedef struct {
   const float *input_norm, *post_norm;  // [hidden] float32, any offset folded in
   const void *qkv, *qkv_bias, *o, *o_bias, *gate_up, *gate_up_bias, *down, *down_bias;  // packed
-  const float *q_norm, *k_norm;               // [head_dim] float32
+  const void *qkv_scale, *o_scale, *gate_up_scale, *down_scale;  // see SgLinear; all or none
+  const float *q_norm, *k_norm;                                  // [head_dim] float32
   const float *attn_out_norm, *mlp_out_norm;  // norms of what is added to the residual (Gemma)
   void *k_pool, *v_pool;
   int64_t k_slot, k_head, v_slot, v_head;

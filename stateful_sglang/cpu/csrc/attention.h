@@ -10,18 +10,22 @@
 #pragma once
 #include "abi.h"
 #include "plan.h"
+#include "rows.h"
 #include "team.h"
 #include "tile.h"
 
 namespace SG_ISA {
 
 constexpr int kKeys = kAttnKeys;
+constexpr int kFetches = 10;  // doses in which the next block is fetched, for each head
 
 SG_INLINE int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
 template <class T>
 struct AttnScratch {
-  uint32_t *q, *k, *v, *p;
+  Left<T>* q;
+  LeftRow<T>*tmp, *p;  // rows of q on their way; probabilities [rows][kKeys]
+  uint32_t *k, *v;
   float *s, *o, *rows_o, *rows_ml;
   // Returns the bytes needed; with a base, sets the pointers.
   int64_t lay(const SgAttention& a, char* base) {
@@ -33,10 +37,11 @@ struct AttnScratch {
       at += (bytes + 63) / 64 * 64;
       return r;
     };
-    q = (uint32_t*)take((int64_t)rows * dw * 4);
+    q = (Left<T>*)take(((int64_t)rows * left_size<T>(a.head_dim) + kPackSlack) * 4);
+    tmp = (LeftRow<T>*)take((int64_t)kTileRows * left_size<T>(a.head_dim) * 4);
     k = (uint32_t*)take((int64_t)kKeys * dw * 4);
-    v = (uint32_t*)take((int64_t)words<T>(kKeys) * dpad * 4);
-    p = (uint32_t*)take((int64_t)kTileRows * words<T>(kKeys) * 4);
+    v = (uint32_t*)take(Pairs<T>::yes ? (int64_t)words<T>(kKeys) * dpad * 4 : 0);
+    p = (LeftRow<T>*)take((int64_t)kTileRows * kKeys * sizeof(LeftRow<T>));
     s = (float*)take((int64_t)kTileRows * kKeys * 4);
     o = (float*)take((int64_t)kTileRows * dpad * 4);
     rows_o = (float*)take((int64_t)rows * dpad * 4);
@@ -83,21 +88,55 @@ SG_INLINE void pack_values(const bf16* const* rows, int from, int n, int n_pad, 
     }
   }
 }
-SG_INLINE void pack_values(const float* const* rows, int from, int n, int n_pad, int dim,
-                           uint32_t* out) {
-  for (int d0 = 0, panel = 0; d0 < dim; d0 += kPanel, panel++) {
-    const int width = dim - d0 < kPanel ? dim - d0 : kPanel;
-    for (int j = from; j < n_pad; j++) {
-      uint32_t* o = out + ((int64_t)panel * kKeys + j) * kPanel;
-      memset(o, 0, kPanel * 4);
-      if (j < n) memcpy(o, rows[j] + d0, width * 4);
-    }
+// Where there are no pairs to interleave, values are taken from the pool as they lie: MR rows of
+// probabilities times NV vectors of n values, key by key.
+template <class T, int MR, int NV>
+SG_INLINE void values_columns(const float* p, const T* const* rows, int n, int d0, int width,
+                              float* o, int ldo) {
+  vf acc[MR][NV];
+#pragma GCC unroll 6
+  for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) acc[r][v] = vf{};
+  for (int j = 0; j < n; j++) {
+    const T* row = rows[j] + d0;
+    outer_product<MR, NV>(
+        acc, [&](int r) __attribute__((always_inline)) { return p[r * kKeys + j]; },
+        [&](int v) __attribute__((always_inline)) {
+          return NV == 1 ? load_upto(row, width) : load(row + v * kLanes);
+        });
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) store(o + (int64_t)r * ldo + d0 + v * kLanes, acc[r][v]);
+}
+
+template <class T, int MR>
+SG_INLINE void values_mr(const float* p, const T* const* rows, int n, int dim, float* o, int ldo) {
+  constexpr int kVecs = tile_vecs(MR);
+  int d = 0;
+  for (; d + kVecs * kLanes <= dim; d += kVecs * kLanes)
+    values_columns<T, MR, kVecs>(p, rows, n, d, 0, o, ldo);
+  for (; d < dim; d += kLanes) values_columns<T, MR, 1>(p, rows, n, d, dim - d, o, ldo);
+}
+
+// o[r][0..dim) = sum over n keys of p[r][key] * rows[key], r < n_rows.
+template <class T>
+static void tile_values(int n_rows, const float* p, const T* const* rows, int n, int dim, float* o,
+                        int ldo) {
+  switch (n_rows) {
+#define SG_CASE(R) \
+  case R:          \
+    return values_mr<T, R>(p, rows, n, dim, o, ldo);
+    SG_EACH_TILE(SG_CASE)
+#undef SG_CASE
   }
 }
 
 // One row of a block: scores become probabilities p (zero outside [lo, hi)); gives (max, sum).
 template <class T>
-SG_INLINE void softmax_row(const SgAttention& a, float* s, int lo, int hi, int n, T* p,
+SG_INLINE void softmax_row(const SgAttention& a, float* s, int lo, int hi, int n, LeftRow<T>* p,
                            const uint8_t* allowed, int allowed_from, float* m_out, float* l_out) {
   constexpr bool kExact = sizeof(T) == 4;
   const float log2e = 1.44269504088896341f;
@@ -168,144 +207,168 @@ template <class T>
 struct BlockRows {
   const T *k[kKeys], *v[kKeys];
   int n = 0;
+
+  // Of one KV head.
+  SG_INLINE_MEMBER void find(const SgAttention& a, const int32_t* slots, int head, int64_t k0,
+                             int64_t seq) {
+    n = (int)(seq - k0 < kKeys ? seq - k0 : kKeys);
+    for (int j = 0; j < n; j++) {
+      const int64_t slot = slots[k0 + j];
+      k[j] = (const T*)a.k_pool + slot * a.k_slot + head * a.k_head;
+      v[j] = (const T*)a.v_pool + slot * a.v_slot + head * a.v_head;
+    }
+  }
 };
 
+// The keys and values of a block for all heads of an item, fetched bit by bit while the block
+// before is computed: they lie a token apart, which the hardware does not follow for long, and more
+// than some dozen lines on their way at once would hold up everything else.
 template <class T>
-SG_INLINE void find_rows(BlockRows<T>& rows, const SgAttention& a, const int32_t* slots,
-                         int kv_head, int64_t k0, int64_t seq) {
-  rows.n = (int)(seq - k0 < kKeys ? seq - k0 : kKeys);
-  for (int j = 0; j < rows.n; j++) {
-    const int64_t slot = slots[k0 + j];
-    rows.k[j] = (const T*)a.k_pool + slot * a.k_slot + kv_head * a.k_head;
-    rows.v[j] = (const T*)a.v_pool + slot * a.v_slot + kv_head * a.v_head;
-  }
-}
+struct BlockFetch {
+  const SgAttention& a;
+  const int32_t* slots;
+  int64_t at, end;  // positions
+  int head, bytes;  // the first head, and of all heads of one token
 
-template <class T>
-SG_INLINE void prefetch_rows(const BlockRows<T>& rows, int from, int to, int dim) {
-  for (int j = from; j < to && j < rows.n; j++)
-    for (int b = 0; b < dim * (int)sizeof(T); b += 64) {
-      __builtin_prefetch((const char*)rows.k[j] + b, 0, 2);
-      __builtin_prefetch((const char*)rows.v[j] + b, 0, 2);
+  SG_INLINE_MEMBER void some(int tokens) {
+    for (const int64_t to = at + tokens < end ? at + tokens : end; at < to; at++) {
+      const int64_t slot = slots[at];
+      const char* k = (const char*)((const T*)a.k_pool + slot * a.k_slot + head * a.k_head);
+      const char* v = (const char*)((const T*)a.v_pool + slot * a.v_slot + head * a.v_head);
+      for (int b = 0; b < bytes; b += 64) {
+        __builtin_prefetch(k + b, 0, 2);
+        __builtin_prefetch(v + b, 0, 2);
+      }
     }
-}
+  }
+};
 
 template <class T>
 static void attend_item(const SgAttention& a, const SgAttnItem& it, float* partials,
                         AttnScratch<T>& sc) {
   const int group = a.q_heads / a.kv_heads, dim = a.head_dim;
-  const int dw = words<T>(dim), dpad = round_up(dim, kPanel), panels = dpad / kPanel;
+  const int dw = words<T>(dim), dpad = round_up(dim, kPanel);
   const int64_t first = a.q_starts[it.request];
   const int n_new = (int)(a.q_starts[it.request + 1] - first);
   const int64_t seq = a.seq_lens[it.request], prefix = seq - n_new;
-  const int rows = (it.q1 - it.q0) * group;
+  const int rows = (it.q1 - it.q0) * group, q_size = left_size<T>(dim);
+  const int tile = even_tile(rows), heads = it.heads();
   const int32_t* slots = a.req_to_token + a.req_index[it.request] * a.req_stride;
   const uint8_t* mask = nullptr;
   if (a.mask && a.mask_offsets[it.request] >= 0) mask = a.mask + a.mask_offsets[it.request];
-
-  for (int t = 0; t < rows; t += kTileRows) {
-    const int n = rows - t < kTileRows ? rows - t : kTileRows;
-    const uint32_t* src[16];
-    for (int r = 0; r < n; r++) {
-      const int64_t token = first + it.q0 + (t + r) / group;
-      src[r] = (const uint32_t*)((const T*)a.q + token * a.q_token +
-                                 (it.kv_head * group + (t + r) % group) * a.q_head);
+  // Row r of head h is row h * rows + r of what is kept between blocks.
+  for (int h = 0; h < heads; h++) {
+    for (int t = 0; t < rows; t += tile) {
+      const int n = rows - t < tile ? rows - t : tile;
+      const LeftRow<T>* src[kTileRows];
+      for (int r = 0; r < n; r++) {
+        const int64_t token = first + it.q0 + (t + r) / group;
+        const int head = (it.head0 + h) * group + (t + r) % group;
+        src[r] = convert_row((const T*)a.q + token * a.q_token + head * a.q_head, dim,
+                             sc.tmp + (int64_t)r * dim);
+      }
+      pack_left<T>(src, n, dim, sc.q + (int64_t)(h * rows + t) * q_size);
     }
-    if (n == 1)
-      memcpy(sc.q + (int64_t)t * dw, src[0], (int64_t)dw * 4);
-    else
-      pack_rows(src, n, dw, sc.q + (int64_t)t * dw);
   }
 
-  // The pool's rows lie a token apart, which the hardware prefetcher does not follow for long:
-  // while one block is packed, the next one is fetched.
-  BlockRows<T> found[2];
-  BlockRows<T>& start = found[it.block0 % 2];
-  find_rows(start, a, slots, it.kv_head, (int64_t)it.block0 * kKeys, seq);
-  prefetch_rows(start, 0, kKeys, dim);
+  const int64_t end = (int64_t)it.block1 * kKeys < seq ? (int64_t)it.block1 * kKeys : seq;
+  const int bytes = (int)(((heads - 1) * a.k_head + dim) * sizeof(T));
+  BlockFetch<T> fetch{a, slots, (int64_t)it.block0 * kKeys, end, it.head0, bytes};
+  fetch.some(kKeys);
+  const int dose = (kKeys + heads * kFetches - 1) / (heads * kFetches);
+  BlockRows<T> now;
   for (int block = it.block0; block < it.block1; block++) {
     const int64_t k0 = (int64_t)block * kKeys;
-    const BlockRows<T>& now = found[block % 2];
-    BlockRows<T>& next = found[(block + 1) % 2];
-    next.n = 0;
-    if (block + 1 < it.block1) find_rows(next, a, slots, it.kv_head, k0 + kKeys, seq);
-    const int n_keys = now.n;
-    for (int j = 0; j < n_keys; j += kPanel) {
-      // In small doses: more than some dozen lines on their way would hold up the packing.
-      prefetch_rows(next, j, j + kPanel / 2, dim);
-      pack_panel((const uint32_t* const*)now.k + j, n_keys - j < kPanel ? n_keys - j : kPanel, dw,
-                 sc.k + (int64_t)j * dw);
-      prefetch_rows(next, j + kPanel / 2, j + kPanel, dim);
-      pack_values(now.v, j, n_keys, j + kPanel, dim, sc.v);
-    }
-    float* part = partials + it.partial + (int64_t)(block - it.block0) * rows * (dpad + 2);
-    for (int t = 0; t < rows; t += kTileRows) {
-      const int n = rows - t < kTileRows ? rows - t : kTileRows;
-      // Keys this tile can see at all: up to its last query, or all where a mask decides.
-      const int64_t last = prefix + it.q0 + (t + n - 1) / group;
-      int64_t see = a.causal && !mask ? last + 1 - k0 : n_keys;
-      see = see < 0 ? 0 : see > n_keys ? n_keys : see;
-      const int used = round_up((int)see, kPanel);
-      for (int j = 0; j < used; j += kPanel)
-        tile_packed<T, false>(n, sc.q + (int64_t)t * dw, sc.k + (int64_t)j * dw, dw, sc.s + j,
-                              kKeys);
-      float m[kTileRows], l[kTileRows];
-      for (int r = 0; r < n; r++) {
-        const int qi = it.q0 + (t + r) / group;
-        const int64_t position = prefix + qi;
-        int64_t hi = a.causal && !mask ? position + 1 - k0 : n_keys;
-        int64_t lo = a.window < 0 ? 0 : position - a.window - k0;
-        hi = hi < 0 ? 0 : hi > n_keys ? n_keys : hi;
-        lo = lo < 0 ? 0 : lo > used ? used : lo;
-        T* p = (T*)(sc.p + r * words<T>(kKeys));
-        const uint8_t* allowed = mask ? mask + (int64_t)qi * n_new : nullptr;
-        int64_t from = prefix - k0;  // where the new rows begin, in this block's keys
-        if (allowed && from < 0) {
-          allowed -= from;
-          from = 0;
-        }
-        if (used > 0)
-          softmax_row<T>(a, sc.s + r * kKeys, (int)lo, (int)hi, used, p,
-                         from < n_keys ? allowed : nullptr, (int)from, &m[r], &l[r]);
-        else
-          m[r] = -__builtin_inff(), l[r] = 0.0f;
+    fetch.at = k0 + kKeys;
+    for (int h = 0; h < heads; h++) {
+      now.find(a, slots, it.head0 + h, k0, seq);
+      const int n_keys = now.n;
+      for (int j = 0; j < n_keys; j += kPanel) {
+        pack_panel((const uint32_t* const*)now.k + j, n_keys - j < kPanel ? n_keys - j : kPanel, dw,
+                   sc.k + (int64_t)j * dw);
+        if constexpr (Pairs<T>::yes) pack_values(now.v, j, n_keys, j + kPanel, dim, sc.v);
+        fetch.some(dose);
       }
-      for (int d = 0; d < panels; d++)
-        tile_rows<T, kKeys / Words<T>::per>(n, sc.p, sc.v + (int64_t)d * words<T>(kKeys) * kPanel,
-                                            words<T>(used), sc.o + d * kPanel, dpad);
-      for (int r = 0; r < n; r++) {
-        const float* bo = sc.o + r * dpad;
-        if (it.partial >= 0) {
-          float* dst = part + (int64_t)(t + r) * (dpad + 2);
-          memcpy(dst, bo, dpad * 4);
-          dst[dpad] = m[r];
-          dst[dpad + 1] = l[r];
+      float* part =
+          partials + it.partial + (int64_t)((block - it.block0) * heads + h) * rows * (dpad + 2);
+      for (int t = 0; t < rows; t += tile) {
+        const int n = rows - t < tile ? rows - t : tile;
+        // Keys this tile can see at all: up to its last query, or all where a mask decides.
+        const int64_t last = prefix + it.q0 + (t + n - 1) / group;
+        int64_t see = a.causal && !mask ? last + 1 - k0 : n_keys;
+        see = see < 0 ? 0 : see > n_keys ? n_keys : see;
+        const int used = round_up((int)see, kPanel);
+        const Left<T>* q = sc.q + (int64_t)(h * rows + t) * q_size;
+        for (int j = 0; j < used; j += kPanel) {
+          tile_packed<T>(n, q, sc.k + (int64_t)j * dw, dw, sc.s + j, kKeys);
+          if (t == 0) fetch.some(dose);
+        }
+        float m[kTileRows], l[kTileRows];
+        for (int r = 0; r < n; r++) {
+          const int qi = it.q0 + (t + r) / group;
+          const int64_t position = prefix + qi;
+          int64_t hi = a.causal && !mask ? position + 1 - k0 : n_keys;
+          int64_t lo = a.window < 0 ? 0 : position - a.window - k0;
+          hi = hi < 0 ? 0 : hi > n_keys ? n_keys : hi;
+          lo = lo < 0 ? 0 : lo > used ? used : lo;
+          const uint8_t* allowed = mask ? mask + (int64_t)qi * n_new : nullptr;
+          int64_t from = prefix - k0;  // where the new rows begin, in this block's keys
+          if (allowed && from < 0) {
+            allowed -= from;
+            from = 0;
+          }
+          if (used > 0)
+            softmax_row<T>(a, sc.s + r * kKeys, (int)lo, (int)hi, used, sc.p + r * kKeys,
+                           from < n_keys ? allowed : nullptr, (int)from, &m[r], &l[r]);
+          else
+            m[r] = -__builtin_inff(), l[r] = 0.0f;
+        }
+        if (t == 0) fetch.some(2 * dose);
+        if constexpr (Pairs<T>::yes) {
+          for (int d = 0; d < dpad / kPanel; d++)
+            tile_rows<T, kKeys / 2>(n, (const Left<T>*)sc.p,
+                                    sc.v + (int64_t)d * words<T>(kKeys) * kPanel, words<T>(used),
+                                    sc.o + d * kPanel, dpad);
         } else {
-          merge_row(sc.rows_o + (int64_t)(t + r) * dpad, sc.rows_ml + 2 * (t + r), bo, m[r], l[r],
-                    dpad, block == it.block0);
+          tile_values<T>(n, sc.p, now.v, used < n_keys ? used : n_keys, dim, sc.o, dpad);
+        }
+        for (int r = 0; r < n; r++) {
+          const float* bo = sc.o + r * dpad;
+          if (it.partial >= 0) {
+            float* dst = part + (int64_t)(t + r) * (dpad + 2);
+            memcpy(dst, bo, dpad * 4);
+            dst[dpad] = m[r];
+            dst[dpad + 1] = l[r];
+          } else {
+            const int64_t row = h * rows + t + r;
+            merge_row(sc.rows_o + row * dpad, sc.rows_ml + 2 * row, bo, m[r], l[r], dpad,
+                      block == it.block0);
+          }
         }
       }
     }
+    fetch.some(kKeys);
   }
   if (it.partial < 0)
-    for (int r = 0; r < rows; r++)
-      write_row<T>(a, sc.rows_o + (int64_t)r * dpad, sc.rows_ml[2 * r + 1],
-                   first + it.q0 + r / group, it.kv_head * group + r % group);
+    for (int row = 0; row < heads * rows; row++)
+      write_row<T>(a, sc.rows_o + (int64_t)row * dpad, sc.rows_ml[2 * row + 1],
+                   first + it.q0 + row % rows / group,
+                   (it.head0 + row / rows) * group + row % rows % group);
 }
 
-// Put the partials of a split block together.
+// Put the partials of a split item together.
 template <class T>
 static void merge_item(const SgAttention& a, const SgAttnItem& it, const float* partials,
                        AttnScratch<T>& sc) {
   const int group = a.q_heads / a.kv_heads, dpad = round_up(a.head_dim, kPanel);
-  const int rows = (it.q1 - it.q0) * group;
-  for (int r = 0; r < rows; r++) {
-    for (int b = 0; b < it.block1 - it.block0; b++) {
-      const float* p = partials + it.partial + ((int64_t)b * rows + r) * (dpad + 2);
+  const int rows = (it.q1 - it.q0) * group, all = it.heads() * rows;
+  for (int row = 0; row < all; row++) {
+    for (int b = 0; b < it.blocks(); b++) {
+      const float* p = partials + it.partial + ((int64_t)b * all + row) * (dpad + 2);
       merge_row(sc.rows_o, sc.rows_ml, p, p[dpad], p[dpad + 1], dpad, b == 0);
     }
-    write_row<T>(a, sc.rows_o, sc.rows_ml[1], a.q_starts[it.request] + it.q0 + r / group,
-                 it.kv_head * group + r % group);
+    write_row<T>(a, sc.rows_o, sc.rows_ml[1], a.q_starts[it.request] + it.q0 + row % rows / group,
+                 (it.head0 + row / rows) * group + row % rows % group);
   }
 }
 

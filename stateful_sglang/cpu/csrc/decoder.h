@@ -130,8 +130,8 @@ static void decoder_run(SgTeam& team, const SgDecoder& d, const SgAttnPlan& plan
 
   // A product of the residual, normalised, or of a buffer in the model's dtype.
   auto product = [&](const void* x, int inner, const float* norm, const void* weight,
-                     const void* bias, int cols, int epilogue, void* out, int out_row,
-                     bool out_f32) {
+                     const void* scale, const void* bias, int cols, int epilogue, void* out,
+                     int out_row, bool out_f32) {
     SgLinear p = {};
     p.dtype = d.dtype;
     p.rows = d.tokens;
@@ -143,6 +143,7 @@ static void decoder_run(SgTeam& team, const SgDecoder& d, const SgAttnPlan& plan
     p.norm = norm;
     p.norm_eps = d.eps;
     p.weight = weight;
+    p.scale = scale;
     p.bias = bias;
     p.epilogue = epilogue;
     p.act = d.act;
@@ -151,24 +152,24 @@ static void decoder_run(SgTeam& team, const SgDecoder& d, const SgAttnPlan& plan
     p.out_f32 = out_f32;
     linear_stage<T>(team, p);
   };
-  auto add = [&](const void* x, int inner, const void* weight, const void* bias,
+  auto add = [&](const void* x, int inner, const void* weight, const void* scale, const void* bias,
                  const float* norm) {
-    product(x, inner, nullptr, weight, bias, d.hidden, norm ? SG_STORE : SG_ADD,
+    product(x, inner, nullptr, weight, scale, bias, d.hidden, norm ? SG_STORE : SG_ADD,
             norm ? b.added : b.residual, d.hidden, true);
     if (norm) add_normed_stage(team, d, norm, b.added, b.residual);
   };
 
   for (int i = 0; i < d.layers; i++) {
     const SgLayer& l = d.layer[i];
-    product(b.residual, d.hidden, l.input_norm, l.qkv, l.qkv_bias, width, SG_STORE, b.qkv, width,
-            true);
+    product(b.residual, d.hidden, l.input_norm, l.qkv, l.qkv_scale, l.qkv_bias, width, SG_STORE,
+            b.qkv, width, true);
     rotate_and_write_stage<T>(team, d, l, b);
     const SgAttention a = decoder_attention<T>(d, l, b.q, b.attn);
     attention_stage<T>(team, a, plan);
-    add(b.attn, d.q_heads * d.head_dim, l.o, l.o_bias, l.attn_out_norm);
-    product(b.residual, d.hidden, l.post_norm, l.gate_up, l.gate_up_bias, 2 * d.inter, SG_GATED,
-            b.act, d.inter, false);
-    add(b.act, d.inter, l.down, l.down_bias, l.mlp_out_norm);
+    add(b.attn, d.q_heads * d.head_dim, l.o, l.o_scale, l.o_bias, l.attn_out_norm);
+    product(b.residual, d.hidden, l.post_norm, l.gate_up, l.gate_up_scale, l.gate_up_bias,
+            2 * d.inter, SG_GATED, b.act, d.inter, false);
+    add(b.act, d.inter, l.down, l.down_scale, l.down_bias, l.mlp_out_norm);
   }
 
   team.share_range(d.tokens, 4, [&](int64_t from, int64_t to) {
@@ -186,7 +187,7 @@ static int64_t decoder_thread_bytes(const SgDecoder& d) {
   int64_t most = sc.lay(a, nullptr);
   const int inners[] = {d.hidden, d.q_heads * d.head_dim, d.inter};
   for (int inner : inners) {
-    const int64_t bytes = linear_scratch<T>(d.tokens, inner);
+    const int64_t bytes = linear_scratch<T>(d.tokens, inner, d.layers && d.layer->qkv_scale);
     most = bytes > most ? bytes : most;
   }
   return most;

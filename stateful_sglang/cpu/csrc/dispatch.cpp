@@ -4,6 +4,8 @@
 #include <string.h>
 
 #include <algorithm>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -86,28 +88,41 @@ SgAttnPlan plan_attention(const SgAttention& a, int threads) {
   merges.clear();
   const int group = a.q_heads / a.kv_heads;
   const int per = plan_block_queries(group);
-  int64_t total = 0;
-  for (int b = 0; b < a.batch; b++) {
-    const int n_new = static_cast<int>(a.q_starts[b + 1] - a.q_starts[b]);
-    const int64_t seq = a.seq_lens[b], prefix = seq - n_new;
-    const bool masked = !a.causal || (a.mask && a.mask_offsets[b] >= 0);
-    for (int q0 = 0; q0 < n_new; q0 += per) {
-      const int q1 = std::min(n_new, q0 + per);
-      const int64_t last = masked ? seq : prefix + q1;
-      const int64_t low = a.window < 0 ? 0 : std::max<int64_t>(0, prefix + q0 - a.window);
-      SgAttnItem it{b,
-                    0,
-                    q0,
-                    q1,
-                    static_cast<int>(low / kAttnKeys),
-                    static_cast<int>((last + kAttnKeys - 1) / kAttnKeys),
-                    -1};
-      for (it.kv_head = 0; it.kv_head < a.kv_heads; it.kv_head++) {
-        items.push_back(it);
-        total += static_cast<int64_t>(it.block1 - it.block0) * ((q1 - q0) * group + 8);
+  const auto cost = [&](const SgAttnItem& it) {
+    return static_cast<int64_t>(it.heads()) * it.blocks() * ((it.q1 - it.q0) * group + 8);
+  };
+  const auto add = [&](bool join_heads) {
+    int64_t total = 0, blocks = 0;
+    items.clear();
+    for (int b = 0; b < a.batch; b++) {
+      const int n_new = static_cast<int>(a.q_starts[b + 1] - a.q_starts[b]);
+      const int64_t seq = a.seq_lens[b], prefix = seq - n_new;
+      const bool masked = !a.causal || (a.mask && a.mask_offsets[b] >= 0);
+      for (int q0 = 0; q0 < n_new; q0 += per) {
+        const int q1 = std::min(n_new, q0 + per);
+        const int64_t last = masked ? seq : prefix + q1;
+        const int64_t low = a.window < 0 ? 0 : std::max<int64_t>(0, prefix + q0 - a.window);
+        const int joined = join_heads ? std::max(1, per / (q1 - q0)) : 1;
+        for (int h = 0; h < a.kv_heads; h += joined) {
+          const SgAttnItem it{b,
+                              h,
+                              std::min(h + joined, a.kv_heads),
+                              q0,
+                              q1,
+                              static_cast<int>(low / kAttnKeys),
+                              static_cast<int>((last + kAttnKeys - 1) / kAttnKeys),
+                              -1};
+          items.push_back(it);
+          total += cost(it);
+          blocks += it.blocks();
+        }
       }
     }
-  }
+    return std::pair<int64_t, int64_t>(total, blocks);
+  };
+  auto [total, most_items] = add(true);
+  // Too few blocks of keys to go round: heads are all that is left to share.
+  if (threads > 1 && most_items < 2 * threads) std::tie(total, most_items) = add(false);
   // Split an item over its keys when it alone would hold up the team.
   const int dpad = (a.head_dim + 31) / 32 * 32;
   int64_t floats = 0;
@@ -116,12 +131,12 @@ SgAttnPlan plan_attention(const SgAttention& a, int threads) {
     const int64_t fair = total / (threads * 4) + 1;
     for (size_t i = 0; i < whole; i++) {
       const SgAttnItem it = items[i];
-      const int rows = (it.q1 - it.q0) * group;
-      const int blocks = it.block1 - it.block0;
-      const int64_t cost = static_cast<int64_t>(blocks) * (rows + 8);
-      if (cost <= 2 * fair || blocks < 2) continue;
-      const int parts = static_cast<int>(std::min<int64_t>(blocks, (cost + fair - 1) / fair));
-      const int step = (blocks + parts - 1) / parts;
+      const int64_t block_floats =
+          static_cast<int64_t>(it.q1 - it.q0) * group * it.heads() * (dpad + 2);
+      if (cost(it) <= 2 * fair || it.blocks() < 2) continue;
+      const int parts =
+          static_cast<int>(std::min<int64_t>(it.blocks(), (cost(it) + fair - 1) / fair));
+      const int step = (it.blocks() + parts - 1) / parts;
       SgAttnItem all = it;
       all.partial = floats;
       merges.push_back(all);
@@ -129,19 +144,17 @@ SgAttnPlan plan_attention(const SgAttention& a, int threads) {
         SgAttnItem part = it;
         part.block0 = k;
         part.block1 = std::min(k + step, it.block1);
-        part.partial = floats + static_cast<int64_t>(k - it.block0) * rows * (dpad + 2);
+        part.partial = floats + (k - it.block0) * block_floats;
         if (k == it.block0)
           items[i] = part;
         else
           items.push_back(part);
       }
-      floats += static_cast<int64_t>(blocks) * rows * (dpad + 2);
+      floats += it.blocks() * block_floats;
     }
   }
-  std::stable_sort(items.begin(), items.end(), [](const SgAttnItem& x, const SgAttnItem& y) {
-    return static_cast<int64_t>(x.q1 - x.q0) * (x.block1 - x.block0) >
-           static_cast<int64_t>(y.q1 - y.q0) * (y.block1 - y.block0);
-  });
+  std::stable_sort(items.begin(), items.end(),
+                   [&](const SgAttnItem& x, const SgAttnItem& y) { return cost(x) > cost(y); });
   auto* partials = reinterpret_cast<float*>(g_work.partials.get(floats * 4 + 64));
   return {items.data(), static_cast<int64_t>(items.size()), merges.data(),
           static_cast<int>(merges.size()), partials};
@@ -184,6 +197,18 @@ SG_API void sg_pack(int dtype, const void* weight, int64_t row_stride, int cols,
                     int interleave, void* out) {
   run(1, 0, (cols + 31) / 32, [&](SgTeam& t) {
     g_kernels->pack(t, dtype, weight, row_stride, cols, inner, interleave != 0, out);
+  });
+}
+
+// Bytes of an int8 weight; its scales are (cols + 31) / 32 * 32 floats.
+SG_API int64_t sg_packed_int8_bytes(int cols, int inner) {
+  return static_cast<int64_t>((cols + 31) / 32) * inner * 32;
+}
+
+SG_API void sg_pack_int8(int dtype, const void* weight, int64_t row_stride, int cols, int inner,
+                         int interleave, void* out, float* scale) {
+  run(1, 0, (cols + 31) / 32, [&](SgTeam& t) {
+    g_kernels->pack_int8(t, dtype, weight, row_stride, cols, inner, interleave != 0, out, scale);
   });
 }
 

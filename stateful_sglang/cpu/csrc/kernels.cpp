@@ -18,8 +18,8 @@ static int64_t attention_scratch(const SgAttention& a) {
   return a.dtype == SG_F32 ? f.lay(a, nullptr) : h.lay(a, nullptr);
 }
 static int64_t linear_scratch_any(const SgLinear& a) {
-  return a.dtype == SG_F32 ? linear_scratch<float>(a.rows, a.inner)
-                           : linear_scratch<bf16>(a.rows, a.inner);
+  return a.dtype == SG_F32 ? linear_scratch<float>(a.rows, a.inner, a.scale)
+                           : linear_scratch<bf16>(a.rows, a.inner, a.scale);
 }
 static void attention(SgTeam& t, const SgAttention& a, const SgAttnPlan& p) {
   if (a.k_new) {
@@ -36,6 +36,14 @@ static void pack(SgTeam& t, int dtype, const void* weight, int64_t row_stride, i
       dtype,
       pack_stage(t, (const float*)weight, row_stride, cols, inner, interleave, (uint32_t*)out),
       pack_stage(t, (const bf16*)weight, row_stride, cols, inner, interleave, (uint32_t*)out))
+}
+static void pack_int8(SgTeam& t, int dtype, const void* weight, int64_t row_stride, int cols,
+                      int inner, bool interleave, void* out, float* scale) {
+  SG_BY_TYPE(dtype,
+             pack_int8_stage(t, (const float*)weight, row_stride, cols, inner, interleave,
+                             (int8_t*)out, scale),
+             pack_int8_stage(t, (const bf16*)weight, row_stride, cols, inner, interleave,
+                             (int8_t*)out, scale))
 }
 static void norm(SgTeam& t, const SgNorm& a) {
   SG_BY_TYPE(a.dtype, norm_stage<float>(t, a), norm_stage<bf16>(t, a))
@@ -76,6 +84,7 @@ extern const SgKernels SG_JOIN(sg_kernels_, SG_ISA) = {
     attention,
     linear,
     pack,
+    pack_int8,
     norm,
     rope,
     gated,

@@ -14,6 +14,8 @@ struct SgKernels {
   void (*linear)(SgTeam&, const SgLinear&);
   void (*pack)(SgTeam&, int dtype, const void* weight, int64_t row_stride, int cols, int inner,
                bool interleave, void* out);
+  void (*pack_int8)(SgTeam&, int dtype, const void* weight, int64_t row_stride, int cols, int inner,
+                    bool interleave, void* out, float* scale);
   void (*norm)(SgTeam&, const SgNorm&);
   void (*rope)(SgTeam&, const SgRope&);
   void (*gated)(SgTeam&, const SgGated&);

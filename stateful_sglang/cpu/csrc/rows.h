@@ -27,6 +27,17 @@ SG_INLINE void norm_row(const X* x, const W* weight, float offset, float eps, in
   }
 }
 
+// A row in another type, in `tmp` unless it is in that type already.
+template <class T>
+SG_INLINE const T* convert_row(const T* x, int, T*) {
+  return x;
+}
+template <class X, class O>
+SG_INLINE const O* convert_row(const X* x, int n, O* tmp) {
+  for (int i = 0; i < n; i += kLanes) store_upto(tmp + i, load_upto(x + i, n - i), n - i);
+  return tmp;
+}
+
 template <class T>
 static void norm_stage(SgTeam& team, const SgNorm& a) {
   team.share_range(a.rows, 4, [&](int64_t from, int64_t to) {

@@ -1,11 +1,12 @@
 // Vectors of floats, one width per instruction set, in the compiler's own vector types; intrinsics
-// only where they are worth it (AVX-512: bf16 dot products, conversions, exponent scaling).
+// only where they are worth it (AVX-512: bf16 dot products, exponent scaling; both: conversions,
+// reductions, transposition).
 //
 // SG_ISA names the namespace of this compilation and SG_LANES its width.
 #pragma once
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -19,8 +20,19 @@ typedef uint16_t vh __attribute__((vector_size(SG_LANES * 2)));
 typedef uint16_t bf16;
 
 #define SG_INLINE static inline __attribute__((always_inline))
+#define SG_INLINE_MEMBER inline __attribute__((always_inline))
 
-SG_INLINE vf splat(float x) { return vf{} + x; }
+SG_INLINE vf splat(float x) {  // `vf{} + x` would add: 0 + -0 is not -0
+#if defined(__AVX512F__)
+  return (vf)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_set1_ps(x);
+#else
+  vf v;
+  for (int i = 0; i < kLanes; i++) v[i] = x;
+  return v;
+#endif
+}
 SG_INLINE vu splat_bits(uint32_t x) { return vu{} + x; }
 SG_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 SG_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
@@ -40,6 +52,8 @@ SG_INLINE void store_bits(uint32_t* p, vu v) { memcpy(p, &v, sizeof v); }
 SG_INLINE vu widen(const uint16_t* p) {
 #if defined(__AVX512F__)  // GCC 12 would convert by halves
   return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
 #else
   vh h;
   memcpy(&h, p, sizeof h);
@@ -47,6 +61,17 @@ SG_INLINE vu widen(const uint16_t* p) {
 #endif
 }
 SG_INLINE vf load(const bf16* p) { return (vf)(widen(p) << 16); }
+SG_INLINE vf load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  vf v;
+  for (int i = 0; i < kLanes; i++) v[i] = p[i];
+  return v;
+#endif
+}
 
 // Round to nearest even; NaN stays NaN.
 SG_INLINE void store(bf16* p, vf v) {
@@ -57,8 +82,13 @@ SG_INLINE void store(bf16* p, vf v) {
   vu u = (vu)v;
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   rounded = (vu)(v != v) ? splat_bits(0x7fc0u) : rounded;
+#if defined(__AVX2__) && SG_LANES == 8
+  const __m256i twice = _mm256_packus_epi32((__m256i)rounded, (__m256i)rounded);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(twice, 0x08)));
+#else
   vh h = __builtin_convertvector(rounded, vh);
   memcpy(p, &h, sizeof h);
+#endif
 #endif
 }
 
@@ -104,6 +134,10 @@ SG_INLINE void store_upto(T* p, vf v, int n) {
 SG_INLINE float sum(vf v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+  __m128 t = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  t = _mm_add_ps(t, _mm_movehl_ps(t, t));
+  return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
 #else
   float t[kLanes];
   store(t, v);
@@ -115,6 +149,11 @@ SG_INLINE float sum(vf v) {
 SG_INLINE float max_of(vf v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)v);
+#elif defined(__AVX2__)
+  // A NaN may or may not show here; it shows in the sum of the exponentials.
+  __m128 t = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  t = _mm_max_ps(t, _mm_movehl_ps(t, t));
+  return _mm_cvtss_f32(_mm_max_ss(t, _mm_movehdup_ps(t)));
 #else
   float t[kLanes];
   store(t, v);
@@ -132,23 +171,6 @@ struct Words {
 template <class T>
 SG_INLINE int words(int n) {
   return (n + Words<T>::per - 1) / Words<T>::per;
-}
-
-// acc + a . b over the words' elements.
-template <class T>
-inline __attribute__((always_inline)) vf dot(vf acc, vu a, vu b);
-template <>
-inline __attribute__((always_inline)) vf dot<float>(vf acc, vu a, vu b) {
-  return acc + (vf)a * (vf)b;
-}
-template <>
-inline __attribute__((always_inline)) vf dot<bf16>(vf acc, vu a, vu b) {
-#if defined(__AVX512BF16__)
-  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
-#else
-  acc = acc + (vf)(a << 16) * (vf)(b << 16);
-  return acc + (vf)(a & 0xffff0000u) * (vf)(b & 0xffff0000u);
-#endif
 }
 
 // 2**x for any x; 0 below the float range. Polynomials: relative least-maximum fits on [-1/2, 1/2],
@@ -208,7 +230,8 @@ SG_INLINE vf tanhv(vf x) {
 }
 
 // Transpose up to 16 rows of words: out[i * out_stride + r] = rows[r][i] for r < n, i < len.
-// Lanes n..width are written as zero.
+// Lanes n..width are written as zero, and up to 7 words behind a row may be overwritten: rows are
+// written in order, so that it matters behind the last one only.
 #if defined(__AVX512F__)
 SG_INLINE void transpose16(const uint32_t* const* rows, int n, int len, uint32_t* out,
                            int out_stride, int width) {
@@ -249,6 +272,55 @@ SG_INLINE void transpose16(const uint32_t* const* rows, int n, int len, uint32_t
 #pragma GCC unroll 16
     for (int j = 0; j < 16; j++)
       if (j < part) _mm512_mask_storeu_epi32(out + (int64_t)(i0 + j) * out_stride, out_mask, r[j]);
+  }
+}
+#elif defined(__AVX2__)
+SG_INLINE void transpose8(__m256i r[8]) {
+  __m256i t[8], u[8];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    t[2 * j] = _mm256_unpacklo_epi32(r[2 * j], r[2 * j + 1]);
+    t[2 * j + 1] = _mm256_unpackhi_epi32(r[2 * j], r[2 * j + 1]);
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; j++) {
+    u[4 * j] = _mm256_unpacklo_epi64(t[4 * j], t[4 * j + 2]);
+    u[4 * j + 1] = _mm256_unpackhi_epi64(t[4 * j], t[4 * j + 2]);
+    u[4 * j + 2] = _mm256_unpacklo_epi64(t[4 * j + 1], t[4 * j + 3]);
+    u[4 * j + 3] = _mm256_unpackhi_epi64(t[4 * j + 1], t[4 * j + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    r[j] = _mm256_permute2x128_si256(u[j], u[j + 4], 0x20);
+    r[j + 4] = _mm256_permute2x128_si256(u[j], u[j + 4], 0x31);
+  }
+}
+SG_INLINE void transpose16(const uint32_t* const* rows, int n, int len, uint32_t* out,
+                           int out_stride, int width) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  for (int r0 = 0; r0 < width; r0 += 8) {
+    for (int i0 = 0; i0 < len; i0 += 8) {
+      const int part = len - i0 < 8 ? len - i0 : 8;
+      const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(part), lane);
+      __m256i r[8];
+      if (part == 8 && n - r0 >= 8) {
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) r[j] = _mm256_loadu_si256((const __m256i*)(rows[r0 + j] + i0));
+      } else {
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++)
+          r[j] = r0 + j < n ? _mm256_maskload_epi32((const int*)rows[r0 + j] + i0, there)
+                            : _mm256_setzero_si256();
+      }
+      transpose8(r);
+      // Whole: a masked store takes ten times as long, and the next one mends it.
+      uint32_t* o = out + (int64_t)i0 * out_stride + r0;
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; j++) {
+        if (j >= part) break;
+        _mm256_storeu_si256((__m256i*)(o + (int64_t)j * out_stride), r[j]);
+      }
+    }
   }
 }
 #else
