@@ -28,7 +28,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench import forward, machine, report
-from bench.cells import Plan, all_cells, decode, plan, prefill
+from bench.cells import Cell, Plan, all_cells, decode, plan, prefill
 from bench.load import Load
 from bench.peers import ARMS, CONTEXT, POOL_TOKENS, Arm, ArmUnavailableError, Setting
 from bench.results import FORWARD, OURS, Results
@@ -36,7 +36,7 @@ from bench.server import ServerDiedError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CELL_BUDGET_S = 150.0
-"""Longest that filling the contexts of one cell may take, unless told otherwise."""
+"""Longest that the prompts of one cell may take, unless told otherwise."""
 
 
 class EngineBench:
@@ -51,6 +51,8 @@ class EngineBench:
             costs[FORWARD] = setting.cost()
         self.results = Results(all_cells(self.plans), costs)
         self._budget = args.cell_budget
+        self._pace: dict[str, float] = {}
+        """Seconds a token of each arm's last prompt."""
         self._lock = args.lock
         self._random = random.Random(args.seed)
         self._vocabulary = json.loads((setting.model / "config.json").read_text())["vocab_size"]
@@ -109,9 +111,26 @@ class EngineBench:
                 self._context(arm, load, number, wanted, context, batch)
 
     def _prefills(self, arm: Arm, load: Load, number: int, length: int, count: int) -> None:
-        for _ in range(count):
-            took = load.first_token_s(self._prompt(length))
+        for _ in range(self._affordable(arm, prefill(length), count)):
+            _, took = self._fresh_prompt(arm, load, length)
             self.results.add(arm.name, prefill(length), number, took)
+
+    def _fresh_prompt(
+        self, arm: Arm, load: Load, length: int, slot: int = 0
+    ) -> tuple[list[int], float]:
+        """A prompt that the engine has not seen before, and the seconds to its first token."""
+        prompt = self._prompt(length)
+        took = load.first_token_s(prompt, slot)
+        self._pace[arm.name] = took / length
+        return prompt, took
+
+    def _affordable(self, arm: Arm, cell: Cell, count: int) -> int:
+        """How many of `count` prompts of a cell there is time for, judged by the prompt before."""
+        expected = self._pace.get(arm.name, 0.0) * max(cell.context, cell.width)
+        if expected > self._budget:
+            self.results.missing[arm.name, cell] = f"a prompt would take about {expected:.0f} s"
+            return 0
+        return count if count * expected <= self._budget else max(1, int(self._budget / expected))
 
     def _context(
         self, arm: Arm, load: Load, number: int, wanted: Plan, context: int, batch: int
@@ -126,15 +145,19 @@ class EngineBench:
         batches = sorted(b for b, c in wanted.decodes if c == context)
         for size in batches:
             cell = decode(size, context)
+            affordable = self._affordable(arm, cell, min(wanted.prompts, batch))
+            if not affordable:
+                continue
             expected = statistics.median(times) * (size - len(prompts)) if times else 0.0
             if expected > self._budget:
                 self.results.missing[arm.name, cell] = (
                     f"filling {size} contexts would take about {expected:.0f} s"
                 )
                 continue
-            while len(prompts) < max(size, min(wanted.prompts, batch)):
-                prompts.append(self._prompt(context))
-                times.append(load.first_token_s(prompts[-1], len(prompts) - 1))
+            while len(prompts) < max(size, affordable):
+                prompt, took = self._fresh_prompt(arm, load, context, len(prompts))
+                prompts.append(prompt)
+                times.append(took)
             rate = load.decode_rate(prompts[:size], wanted.tokens)
             self.results.add(arm.name, cell, number, size / rate)
         if context in wanted.prefills:
@@ -172,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=CELL_BUDGET_S,
         metavar="S",
-        help="skip a cell whose contexts take longer to fill, default %(default)s",
+        help="skip a cell whose prompts take longer, default %(default)s",
     )
     default_lock = Path(tempfile.gettempdir()) / "stateful-sglang-bench.lock"
     parser.add_argument(

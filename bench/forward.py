@@ -77,7 +77,7 @@ def measure(arguments: list[str], wanted: Plan, threads: int) -> dict[str, list[
 def _child(arguments: list[str], wanted: Plan, log: str, results: Connection) -> None:
     try:
         _print_into(log)
-        steps = _Steps(arguments)
+        steps = Steps(arguments)
         results.send({cell.name: steps.repeat(cell) for cell in wanted.cells})
     except BaseException:
         results.send(traceback.format_exc())
@@ -90,7 +90,7 @@ def _print_into(log: str) -> None:
         os.dup2(sink.fileno(), 2)
 
 
-class _Steps:
+class Steps:
     """The model with a full KV pool, and the batches that make it step."""
 
     def __init__(self, arguments: list[str]) -> None:
@@ -116,6 +116,11 @@ class _Steps:
         self._table = self._runner.req_to_token_pool.req_to_token
         self._vocabulary = self._runner.model_config.vocab_size
         self._fill()
+
+    @property
+    def model(self) -> Any:
+        """The loaded causal LM."""
+        return self._runner.model
 
     def repeat(self, cell: Cell) -> list[float]:
         """Seconds of some repeats, after one that warms up."""

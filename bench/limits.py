@@ -44,6 +44,13 @@ class Rates(NamedTuple):
 
     read_bytes_per_s: float
     bf16_ops_per_s: float
+    f32_ops_per_s: float
+
+    @property
+    def ops_per_s(self) -> float:
+        """Of bf16 products by the faster way: as they are, or widened to float32, which is exact
+        and the faster one on a processor without instructions for bf16."""
+        return max(self.bf16_ops_per_s, self.f32_ops_per_s)
 
 
 class Work(NamedTuple):
@@ -94,4 +101,4 @@ def work(model: ModelCost, cell: Cell) -> Work:
 def limit_s(model: ModelCost, cell: Cell, rates: Rates) -> float:
     """Seconds below which this machine cannot do a step: the slower of reading and computing."""
     needed = work(model, cell)
-    return max(needed.bytes / rates.read_bytes_per_s, needed.operations / rates.bf16_ops_per_s)
+    return max(needed.bytes / rates.read_bytes_per_s, needed.operations / rates.ops_per_s)

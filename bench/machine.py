@@ -1,4 +1,4 @@
-"""What this machine can do at most: reading memory, and bf16 matrix products, with all its cores.
+"""What this machine can do at most: reading memory and matrix products, with all its cores.
 
 Run as a process of its own, so that the bench's process keeps no compute threads:
 
@@ -22,7 +22,7 @@ MATRICES = ((2048, 2048, 2048), (4096, 1024, 4096), (2048, 576, 3072), (2048, 15
 """Rows, inner size and columns; large squares, and layers of the embedded model."""
 
 
-def measure(seconds: float = 4.0) -> Rates:
+def measure(seconds: float = 5.0) -> Rates:
     """Rates of this machine, in a process with one thread for each usable core."""
     from stateful_sglang.machine import usable_cores
 
@@ -57,17 +57,20 @@ def _measure_here(seconds: float) -> Rates:
     words = floats.view(torch.int64)
     matrix, vector = floats.view(-1, 4096), torch.ones(4096)
     readers = (words.sum, floats.sum, floats.max, lambda: torch.mv(matrix, vector))
-    each = seconds / (len(readers) + len(MATRICES))
+    each = seconds / (len(readers) + 2 * len(MATRICES))
     read = max(STREAM_BYTES / _best(reader, each) for reader in readers)
-    rates = []
-    for rows, inner, columns in MATRICES:
-        left = torch.randn(rows, inner, dtype=torch.bfloat16)
-        right = torch.randn(columns, inner, dtype=torch.bfloat16)
-        took = _best(lambda a=left, b=right: torch.nn.functional.linear(a, b), each)
-        rates.append(2.0 * rows * inner * columns / took)
-    return Rates(read_bytes_per_s=read, bf16_ops_per_s=max(rates))
+    products = []
+    for dtype in (torch.bfloat16, torch.float32):
+        rates = []
+        for rows, inner, columns in MATRICES:
+            left = torch.randn(rows, inner, dtype=dtype)
+            right = torch.randn(columns, inner, dtype=dtype)
+            took = _best(lambda a=left, b=right: torch.nn.functional.linear(a, b), each)
+            rates.append(2.0 * rows * inner * columns / took)
+        products.append(max(rates))
+    return Rates(read, *products)
 
 
 if __name__ == "__main__":
-    wanted = float(sys.argv[1]) if len(sys.argv) > 1 else 4.0
+    wanted = float(sys.argv[1]) if len(sys.argv) > 1 else 5.0
     print(json.dumps(_measure_here(wanted)._asdict()))

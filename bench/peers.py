@@ -79,13 +79,16 @@ class Arm:
     """What its model costs: quantised weights are fewer bytes."""
 
 
-@contextlib.contextmanager
-def _ours(setting: Setting) -> Iterator[Load]:
-    pool = ("--max-total-tokens", str(POOL_TOKENS), "--max-running-requests", str(REQUESTS))
-    model = ("--model-path", str(setting.model), "--context-length", str(CONTEXT))
-    threads = {"OMP_NUM_THREADS": str(setting.threads)}
-    with serve("--stateful", "off", *model, *pool, env=threads) as server:
-        yield Load(server.url, SGLangDialect())
+def _ours(*more: str) -> Callable[[Setting], Started]:
+    @contextlib.contextmanager
+    def start(setting: Setting) -> Iterator[Load]:
+        pool = ("--max-total-tokens", str(POOL_TOKENS), "--max-running-requests", str(REQUESTS))
+        model = ("--model-path", str(setting.model), "--context-length", str(CONTEXT))
+        threads = {"OMP_NUM_THREADS": str(setting.threads)}
+        with serve("--stateful", "off", *model, *pool, *more, env=threads) as server:
+            yield Load(server.url, SGLangDialect())
+
+    return start
 
 
 @contextlib.contextmanager
@@ -163,6 +166,10 @@ def _bf16_gguf(setting: Setting) -> Path:
     return ensure(setting.peers / "models")
 
 
+def _int8_cost(setting: Setting) -> ModelCost:
+    return setting.cost()._replace(element_bytes=1.0)
+
+
 def _q4_gguf(setting: Setting) -> Path:
     from stateful_sglang.model import find_gguf
 
@@ -187,10 +194,11 @@ def _bound_cores(threads: int) -> str:
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("ours", "this package, --stateful off, bf16", _ours),
+        Arm("ours", "this package, --stateful off, bf16", _ours()),
         Arm("stock", "SGLang with stand-in ops only, bf16", _stock),
         Arm("vllm", "vLLM's CPU build, bf16", _vllm),
         Arm("llamacpp-bf16", "llama.cpp, bf16 GGUF", _llama_cpp(_bf16_gguf)),
+        Arm("ours-int8", "likewise, int8 weights", _ours("--cpu-quant", "int8"), _int8_cost),
         Arm("llamacpp-q4", "llama.cpp, Q4_1 GGUF", _llama_cpp(_q4_gguf), _q4_cost),
     )
 }

@@ -25,8 +25,10 @@ def show(results: Results, arms: Mapping[str, str], console: Console | None = No
     rates = results.limit_rates
     console.print(
         f"{processor()}: reads {rates.read_bytes_per_s / 1e9:.1f} GB/s, "
-        f"bf16 products {rates.bf16_ops_per_s / 1e9:.0f} GFLOP/s\n"
-        "tokens/s: median (lowest to highest), and the share of this machine's limit"
+        f"products {rates.bf16_ops_per_s / 1e9:.0f} GFLOP/s in bf16 and "
+        f"{rates.f32_ops_per_s / 1e9:.0f} in float32\n"
+        "tokens/s: median (lowest to highest), and the share of this machine's limit, which is of "
+        "the faster products"
     )
     console.print(table(results))
     shares = [results.share(column, cell) for column in results.costs for cell in results.cells]

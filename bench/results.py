@@ -46,10 +46,7 @@ class Results:
     @property
     def limit_rates(self) -> Rates:
         """The best ever seen of the machine: others may have disturbed the rest."""
-        return Rates(
-            max(rate.read_bytes_per_s for rate in self.rates),
-            max(rate.bf16_ops_per_s for rate in self.rates),
-        )
+        return Rates(*(max(values) for values in zip(*self.rates, strict=True)))
 
     def medians(self, column: str, cell: Cell) -> dict[int, float]:
         """Median seconds of each round that measured the cell."""

@@ -21,6 +21,8 @@ from ctypes import (
 F32, BF16 = 0, 1
 STORE, GATED, ADD = 0, 1, 2
 SILU, GELU_TANH, GELU = 0, 1, 2
+PARTS = ("embeddings, final norm", "qkv", "rotate, write KV", "attention", "o", "gate, up", "down")
+"""Of a decoder's time, in the order of its clock."""
 
 
 def _fields(spec: str) -> list[tuple[str, type]]:
@@ -91,8 +93,9 @@ class Layer(Structure):
 
     _fields_ = _fields(
         """ptr input_norm post_norm qkv qkv_bias o o_bias gate_up gate_up_bias down down_bias
-        qkv_scale o_scale gate_up_scale down_scale q_norm k_norm attn_out_norm mlp_out_norm k_pool v_pool; i64 k_slot k_head v_slot v_head;
-        ptr rope_cache; i32 rope_cache_f32; i64 rope_row; f32 scale logit_cap; i64 window"""
+        qkv_scale o_scale gate_up_scale down_scale q_norm k_norm attn_out_norm mlp_out_norm
+        k_pool v_pool; i64 k_slot k_head v_slot v_head; ptr rope_cache; i32 rope_cache_f32;
+        i64 rope_row; f32 scale logit_cap; i64 window"""
     )
 
 
@@ -103,7 +106,7 @@ class Decoder(Structure):
         """i32 dtype layers hidden inter q_heads kv_heads head_dim rotary_dim neox act; f32 eps;
         ptr layer final_norm; i32 tokens batch; ptr embeds; i64 embeds_row;
         ptr positions out_loc req_to_token; i64 req_stride; ptr req_index seq_lens q_starts mask
-        mask_offsets out; i64 out_row"""
+        mask_offsets out; i64 out_row; ptr clock"""
     )
 
 

@@ -77,6 +77,8 @@ class DecoderStack:
         for row, layer in zip(self._rows, layers, strict=True):
             _fill(row, layer)
         self._pools: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.clock: torch.Tensor | None = None
+        """[len(abi.PARTS)] int64: where given, each run adds its nanoseconds by part."""
         self._call = abi.Decoder(
             dtype=abi.F32 if dtype == torch.float32 else abi.BF16,
             layers=len(layers),
@@ -154,6 +156,7 @@ class DecoderStack:
         if plan.tree_mask is not None and plan.mask_offsets is not None:
             call.mask = plan.tree_mask.data_ptr()
             call.mask_offsets = plan.mask_offsets.data_ptr()
+        call.clock = None if self.clock is None else self.clock.data_ptr()
         library().sg_decoder(call)
         return out
 

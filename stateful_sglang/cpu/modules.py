@@ -17,15 +17,17 @@ import torch
 from torch import nn
 
 from stateful_sglang.cpu import dense_models, extension, ops
+from stateful_sglang.cpu.decoder import DecoderStack
 from stateful_sglang.cpu.dense_models import DenseModel, UnsupportedModelError
 
 logger = logging.getLogger(__name__)
 
 _REFRESHERS = "_stateful_sglang_refreshers"
+_DENSE = "_stateful_sglang_dense"
 
 
 def attach_to_model(model: nn.Module, *, int8: bool = False) -> str:
-    """Put the kernels under a loaded causal LM, its weights rounded if asked; says what was done."""
+    """Put the kernels under a loaded causal LM, rounding its weights if asked; says what it did."""
     start = time.monotonic()
     refreshers: list[Callable[[], None]] = []
     head = _attach_head(model, refreshers, int8)
@@ -49,6 +51,12 @@ def attach_to_model(model: nn.Module, *, int8: bool = False) -> str:
     )
     logger.info(summary)
     return summary
+
+
+def stack_of(model: nn.Module) -> DecoderStack | None:
+    """What computes the layers of a causal LM in one call; None where it goes layer by layer."""
+    dense = getattr(getattr(model, "model", model), _DENSE, None)
+    return None if dense is None else dense.stack
 
 
 def refresh(model: nn.Module) -> None:
@@ -97,6 +105,7 @@ def _install(inner: nn.Module, dense: DenseModel) -> None:
         return dense.stack.run(embeds, positions, forward_batch.out_cache_loc, plan)
 
     object.__setattr__(inner, "forward", forward)
+    object.__setattr__(inner, _DENSE, dense)
 
 
 def _attach_head(model: nn.Module, refreshers: list[Callable[[], None]], int8: bool) -> str:

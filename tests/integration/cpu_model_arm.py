@@ -1,9 +1,10 @@
 """Run by test_cpu_models in a process of its own: SGLang's model runner against transformers.
 
-``python cpu_model_arm.py FAMILY stack|modules [int8]``: a tiny random model of that family, saved as a
-checkpoint, through SGLang's own loader, scheduler batches and runner with our kernels attached;
-logits of two prompts and of greedy steps after them are compared with transformers in float32, then
-all weights are changed through SGLang's weight updater and compared again. Prints one JSON line.
+``python cpu_model_arm.py FAMILY stack|modules [int8]``: a tiny random model of that family, saved
+as a checkpoint, through SGLang's own loader, scheduler batches and runner with our kernels
+attached; logits of two prompts and of greedy steps after them are compared with transformers in
+float32, then all weights are changed through SGLang's weight updater and compared again. Prints one
+JSON line.
 """
 
 from __future__ import annotations

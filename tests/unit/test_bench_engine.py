@@ -72,8 +72,8 @@ def test_verifying_costs_the_pairs_of_as_many_decode_steps(width: int, context: 
 
 def test_a_limit_is_the_slower_of_reading_and_computing() -> None:
     needed = work(TINY, decode(1, 10))
-    reads = Rates(read_bytes_per_s=1.0, bf16_ops_per_s=1e30)
-    computes = Rates(read_bytes_per_s=1e30, bf16_ops_per_s=1.0)
+    reads = Rates(read_bytes_per_s=1.0, bf16_ops_per_s=1e30, f32_ops_per_s=1.0)
+    computes = Rates(read_bytes_per_s=1e30, bf16_ops_per_s=0.5, f32_ops_per_s=1.0)
     assert limit_s(TINY, decode(1, 10), reads) == needed.bytes
     assert limit_s(TINY, decode(1, 10), computes) == needed.operations
 
@@ -155,8 +155,8 @@ def _results() -> Results:
     cells = [prefill(2048), decode(1, 128), decode(16, 128), decode(1, 2048)]
     cells += [verify(8, 128), verify(8, 2048)]
     results = Results(cells, dict.fromkeys((OURS, VLLM, FORWARD), TINY))
-    results.rates.append(Rates(1e3, 1e9))
-    results.rates.append(Rates(2e3, 5e8))
+    results.rates.append(Rates(1e3, 1e9, 1e8))
+    results.rates.append(Rates(2e3, 5e8, 2e8))
     return results
 
 

@@ -64,7 +64,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     arms = {"fast": Arm("fast", "fake", start), "absent": Arm("absent", "fake", refuse)}
     monkeypatch.setattr(engine, "ARMS", arms)
-    monkeypatch.setattr(machine, "measure", lambda: Rates(1e9, 1e9))
+    monkeypatch.setattr(machine, "measure", lambda: Rates(1e9, 1e9, 1e9))
 
     def make(**changes: Any) -> EngineBench:
         args = argparse.Namespace(

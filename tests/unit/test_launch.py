@@ -57,7 +57,7 @@ def test_int8_without_kernels_says_why_there_are_none(
 ) -> None:
     monkeypatch.setenv("STATEFUL_SGLANG_CPU_ISA", "off")
     (model_dir / "model.safetensors").write_bytes(b"x" * 1000)
-    with pytest.raises(LaunchError, match="needs the compiled kernels.*STATEFUL_SGLANG_CPU_ISA"):
+    with pytest.raises(LaunchError, match=r"needs the compiled kernels.*STATEFUL_SGLANG_CPU_ISA"):
         arguments.suit_cpu({"model_path": str(model_dir)}, {}, int8=True)
 
 

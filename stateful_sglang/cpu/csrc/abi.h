@@ -141,4 +141,7 @@ typedef struct {
   const int64_t* mask_offsets;
   void* out;  // [tokens, hidden] in dtype
   int64_t out_row;
+  int64_t* clock;  // [SG_PARTS] nanoseconds of one thread are added, or null
 } SgDecoder;
+
+enum SgPart { SG_ENDS = 0, SG_QKV, SG_ROTATE, SG_ATTEND, SG_O, SG_GATE_UP, SG_DOWN, SG_PARTS };

@@ -4,6 +4,8 @@
 // added, logit caps) are one sequence of stages with parts left out. The residual stays in float32;
 // what a stage hands to a matrix product or to the pool is rounded to the model's dtype.
 #pragma once
+#include <time.h>
+
 #include "attention.h"
 #include "linear.h"
 
@@ -115,10 +117,32 @@ static void add_normed_stage(SgTeam& team, const SgDecoder& d, const float* norm
   });
 }
 
+// What each part of a pass took, waiting for the other threads included.
+class PartClock {
+ public:
+  SG_INLINE_MEMBER PartClock(const SgDecoder& d, const SgTeam& team)
+      : total_(team.id == 0 ? d.clock : nullptr), last_(total_ ? now() : 0) {}
+  SG_INLINE_MEMBER void end(SgPart part) {
+    if (!total_) return;
+    const int64_t at = now();
+    total_[part] += at - last_;
+    last_ = at;
+  }
+
+ private:
+  static SG_INLINE_MEMBER int64_t now() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
+  }
+  int64_t *total_, last_;
+};
+
 template <class T>
 static void decoder_run(SgTeam& team, const SgDecoder& d, const SgAttnPlan& plan, char* shared) {
   DecoderBuffers<T> b;
   b.lay(d, shared);
+  PartClock clock(d, team);
   const int width = (d.q_heads + 2 * d.kv_heads) * d.head_dim;
   team.share_range(d.tokens, 8, [&](int64_t from, int64_t to) {
     for (int64_t t = from; t < to; t++) {
@@ -159,17 +183,24 @@ static void decoder_run(SgTeam& team, const SgDecoder& d, const SgAttnPlan& plan
     if (norm) add_normed_stage(team, d, norm, b.added, b.residual);
   };
 
+  clock.end(SG_ENDS);
   for (int i = 0; i < d.layers; i++) {
     const SgLayer& l = d.layer[i];
     product(b.residual, d.hidden, l.input_norm, l.qkv, l.qkv_scale, l.qkv_bias, width, SG_STORE,
             b.qkv, width, true);
+    clock.end(SG_QKV);
     rotate_and_write_stage<T>(team, d, l, b);
+    clock.end(SG_ROTATE);
     const SgAttention a = decoder_attention<T>(d, l, b.q, b.attn);
     attention_stage<T>(team, a, plan);
+    clock.end(SG_ATTEND);
     add(b.attn, d.q_heads * d.head_dim, l.o, l.o_scale, l.o_bias, l.attn_out_norm);
+    clock.end(SG_O);
     product(b.residual, d.hidden, l.post_norm, l.gate_up, l.gate_up_scale, l.gate_up_bias,
             2 * d.inter, SG_GATED, b.act, d.inter, false);
+    clock.end(SG_GATE_UP);
     add(b.act, d.inter, l.down, l.down_scale, l.down_bias, l.mlp_out_norm);
+    clock.end(SG_DOWN);
   }
 
   team.share_range(d.tokens, 4, [&](int64_t from, int64_t to) {
@@ -177,6 +208,7 @@ static void decoder_run(SgTeam& team, const SgDecoder& d, const SgAttnPlan& plan
       norm_row(b.residual + t * d.hidden, d.final_norm, 0.0f, d.eps, d.hidden,
                (T*)d.out + t * d.out_row);
   });
+  clock.end(SG_ENDS);
 }
 
 template <class T>
