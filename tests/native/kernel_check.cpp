@@ -15,6 +15,8 @@ void sg_attention(const SgAttention*);
 void sg_linear(const SgLinear*);
 int64_t sg_packed_bytes(int, int, int);
 void sg_pack(int, const void*, int64_t, int, int, int, void*);
+int64_t sg_packed_int8_bytes(int, int);
+void sg_pack_int8(int, const void*, int64_t, int, int, int, void*, float*);
 void sg_sample(const SgSample*);
 }
 
@@ -121,11 +123,23 @@ static void check_attention(int dtype, int n_new, int seq, int q_heads, int kv_h
   expect("attention", worst, dtype == SG_F32 ? 3e-6 : 1.2e-2);
 }
 
-static void check_linear(int dtype, int rows, int cols, int inner) {
+static void check_linear(int dtype, int rows, int cols, int inner, bool int8) {
   Array x(dtype, rows * inner), w(dtype, cols * inner);
-  std::vector<float> out(rows * cols, NAN);
-  std::vector<char> packed(sg_packed_bytes(dtype, cols, inner) + 64);
-  sg_pack(dtype, w.data(), inner, cols, inner, 0, packed.data());
+  std::vector<float> out(rows * cols, NAN), scale((cols + 31) / 32 * 32);
+  const int64_t bytes =
+      int8 ? sg_packed_int8_bytes(cols, inner) : sg_packed_bytes(dtype, cols, inner);
+  std::vector<int8_t> packed(bytes + 64);
+  if (int8) {
+    sg_pack_int8(dtype, w.data(), inner, cols, inner, 0, packed.data(), scale.data());
+    for (int c = 0; c < cols; c++)  // From here on the weight is what it was rounded to.
+      for (int i = 0; i < inner; i++) {
+        const float rounded = packed[(c / 32 * inner + i) * 32 + c % 32] * scale[c];
+        expect("rounding", fabs(rounded - w.value[c * inner + i]) / scale[c], 0.5001);
+        w.value[c * inner + i] = rounded;
+      }
+  } else {
+    sg_pack(dtype, w.data(), inner, cols, inner, 0, packed.data());
+  }
   SgLinear a = {};
   a.dtype = dtype;
   a.rows = rows;
@@ -134,6 +148,7 @@ static void check_linear(int dtype, int rows, int cols, int inner) {
   a.x = x.data();
   a.x_row = inner;
   a.weight = packed.data();
+  a.scale = int8 ? scale.data() : nullptr;
   a.out = out.data();
   a.out_row = cols;
   a.out_f32 = 1;
@@ -146,7 +161,8 @@ static void check_linear(int dtype, int rows, int cols, int inner) {
         want += static_cast<double>(x.value[r * inner + i]) * w.value[c * inner + i];
       worst = fmax(worst, fabs(want - out[r * cols + c]) / sqrt(inner));
     }
-  expect("linear", worst, 3e-6);
+  // The sum runs in order: its error grows with its length.
+  expect(int8 ? "int8 linear" : "linear", worst, 3e-6 * sqrt(fmax(1.0, inner / 66.0)));
 }
 
 static void check_sample() {
@@ -175,7 +191,11 @@ int main() {
         if (n_new <= seq) check_attention(dtype, n_new, seq, 6, 2, 64, 0, -1);
     check_attention(dtype, 40, 200, 4, 4, 34, 2.0, 50);
     check_attention(dtype, 5, 140, 8, 1, 80, 0, 0);
-    for (int rows : {1, 3, 4, 5, 30}) check_linear(dtype, rows, 70, 66);
+    for (int rows : {1, 3, 4, 5, 8, 13, 30})
+      for (bool int8 : {false, true}) {
+        check_linear(dtype, rows, 70, 66, int8);
+        check_linear(dtype, rows, 40, 600, int8);
+      }
   }
   check_sample();
   printf(failures ? "%d failures\n" : "all checks passed\n", failures);

@@ -209,7 +209,7 @@ def test_the_registry_makes_our_backend_on_a_cpu_and_sglangs_elsewhere(
     from stateful_sglang import cpu
 
     monkeypatch.setattr(attention_registry, "ATTENTION_BACKENDS", {})
-    monkeypatch.setattr("stateful_sglang.cpu.layers.attach", lambda: None)
+    monkeypatch.setattr("stateful_sglang.cpu.layers.attach", lambda **_: None)
     cpu.attach()
     make = attention_registry.ATTENTION_BACKENDS["torch_native"]
     runner = SimpleNamespace(

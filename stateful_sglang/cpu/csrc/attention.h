@@ -169,7 +169,7 @@ SG_INLINE void softmax_row(const SgAttention& a, float* s, int lo, int hi, int n
   const vf vm = splat(m);
   for (int i = 0; i < n; i += kLanes) {
     vf x = load(s + i);
-    vf e = exp2v<kExact>(x * factor - vm);
+    vf e = exp2_down<kExact>(x * factor - vm);
     total += e;
     store(p + i, e);
   }

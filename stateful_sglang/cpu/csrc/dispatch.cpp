@@ -15,7 +15,7 @@ namespace {
 const SgKernels* g_kernels = nullptr;
 
 const SgKernels* find(const char* name) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SG_PORTABLE_ONLY)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
@@ -128,7 +128,7 @@ SgAttnPlan plan_attention(const SgAttention& a, int threads) {
   int64_t floats = 0;
   const size_t whole = items.size();
   if (threads > 1) {
-    const int64_t fair = total / (threads * 4) + 1;
+    const int64_t fair = total / (threads * 2) + 1;
     for (size_t i = 0; i < whole; i++) {
       const SgAttnItem it = items[i];
       const int64_t block_floats =

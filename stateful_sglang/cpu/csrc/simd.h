@@ -173,19 +173,10 @@ SG_INLINE int words(int n) {
   return (n + Words<T>::per - 1) / Words<T>::per;
 }
 
-// 2**x for any x; 0 below the float range. Polynomials: relative least-maximum fits on [-1/2, 1/2],
-// errors 2.8e-6 (for bf16 results) and 2e-9.
+// 2**r for r in [-1/2, 1/2]. Relative least-maximum fits, errors 2.8e-6 (for bf16 results) and
+// 2e-9.
 template <bool kExact>
-SG_INLINE vf exp2v(vf x) {
-  x = x > 128.0f ? splat(128.0f) : x;  // written so that NaN stays NaN
-  x = x < -200.0f ? splat(-200.0f) : x;
-#if defined(__AVX512F__)
-  vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  const vf magic = splat(12582912.0f);
-  vf n = (x + magic) - magic;
-#endif
-  vf r = x - n;
+SG_INLINE vf exp2_fraction(vf r) {
   vf p;
   if (kExact) {
     p = splat(0.000153533576f);
@@ -200,7 +191,21 @@ SG_INLINE vf exp2v(vf x) {
     p = p * r + 0.2402409883f;
     p = p * r + 0.6931241916f;
   }
-  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+
+// 2**x for any x; 0 below the float range.
+template <bool kExact>
+SG_INLINE vf exp2v(vf x) {
+  x = x > 128.0f ? splat(128.0f) : x;  // written so that NaN stays NaN
+  x = x < -200.0f ? splat(-200.0f) : x;
+#if defined(__AVX512F__)
+  vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vf magic = splat(12582912.0f);
+  vf n = (x + magic) - magic;
+#endif
+  const vf p = exp2_fraction<kExact>(x - n);
 #if defined(__AVX512F__)
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
@@ -209,6 +214,20 @@ SG_INLINE vf exp2v(vf x) {
   vi half = e >> 1;
   vf scaled = (p * (vf)((half + 127) << 23)) * (vf)((e - half + 127) << 23);
   return x < -149.5f ? splat(0.0f) : scaled;
+#endif
+}
+// The same for x up to about 0, as a softmax has it: 0 below the normal floats.
+template <bool kExact>
+SG_INLINE vf exp2_down(vf x) {
+#if defined(__AVX512F__)
+  return exp2v<kExact>(x);
+#else
+  const vf low = splat(-126.0f), magic = splat(12582912.0f);
+  const vf clamped = x < low ? low : x;  // written so that NaN stays NaN
+  const vf shifted = clamped + magic;    // its low bits are the nearest whole number
+  const vf p = exp2_fraction<kExact>(clamped - (shifted - magic));
+  const vf scaled = (vf)((vi)p + ((vi)shifted << 23));
+  return x < low ? vf{} : scaled;
 #endif
 }
 SG_INLINE vf expv(vf x) { return exp2v<true>(x * 1.44269504088896341f); }
