@@ -2,9 +2,10 @@
 
 ``python -m bench.cpu_logits [--prompts 50] [--tokens 24] [--json FILE]``
 
-Each prompt runs through our layers in bfloat16 and in float32, through transformers in bfloat16 and
-in float64, all from the same checkpoint. Printed: the relative error of all logits of a prompt,
-median and largest over the prompts, for ours and for plain torch; and the number of greedy tokens
+Each prompt runs through our layers in bfloat16, in float32 and with int8 weights, through
+transformers in bfloat16 and in float64, all from the same checkpoint. Printed: the relative error of all logits of a prompt,
+median and largest over the prompts, for ours and for plain torch; how often int8 has another best
+token than float64, and by how much less likely a token int8 makes the text; and the number of greedy tokens
 in which our float32 engine differs from transformers run from scratch in float32. Exit status 1 if
 ours is less exact than torch's bfloat16, or if a greedy token differs without a tie below 1e-4.
 """
@@ -39,7 +40,9 @@ def prompts(count: int, tokenizer: Any) -> list[torch.Tensor]:
 class Engine:
     """Our layers and LM head under a transformers Llama's weights, one sequence."""
 
-    def __init__(self, model: Any, dtype: torch.dtype, slots: int = 1024) -> None:
+    def __init__(
+        self, model: Any, dtype: torch.dtype, int8: bool = False, slots: int = 1024
+    ) -> None:
         from stateful_sglang.cpu import ops
         from stateful_sglang.cpu.decoder import DecoderLayer, DecoderShape, DecoderStack
 
@@ -60,7 +63,7 @@ class Engine:
         )
 
         def packed(*parts: Any, gated: bool = False) -> ops.Packed:
-            return ops.pack(torch.cat([p.weight.data.to(dtype) for p in parts]), gated)
+            return ops.pack(torch.cat([p.weight.data.to(dtype) for p in parts]), gated, int8)
 
         layers = [
             DecoderLayer(
@@ -108,6 +111,11 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
 
 
+def text_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    """Mean negative log-likelihood of a prompt's tokens after the first, in nats."""
+    return torch.nn.functional.cross_entropy(logits[:-1], ids[1:]).item()
+
+
 @torch.no_grad()
 def greedy_differences(engine: Engine, model: Any, ids: torch.Tensor, tokens: int) -> list[float]:
     """Gap between the best logit and ours at the first greedy token that differs, [] if none does.
@@ -149,7 +157,11 @@ def main() -> int:
     single = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     half = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     ours = {dtype: Engine(single, dtype) for dtype in (torch.bfloat16, torch.float32)}
-    errors: dict[str, list[float]] = {"ours bf16": [], "torch bf16": [], "ours f32": []}
+    int8 = Engine(single, torch.bfloat16, int8=True)
+    errors: dict[str, list[float]] = {
+        name: [] for name in ("ours bf16", "torch bf16", "ours f32", "ours int8")
+    }
+    other_best, losses = 0, []
     gaps: list[float] = []
     cut = prompts(args.prompts, tokenizer)
     for done, ids in enumerate(cut):
@@ -158,6 +170,10 @@ def main() -> int:
         errors["ours bf16"].append(relative(ours[torch.bfloat16].logits(ids), want))
         errors["torch bf16"].append(relative(half(ids[None]).logits[0], want))
         errors["ours f32"].append(relative(ours[torch.float32].logits(ids), want))
+        rounded = int8.logits(ids).double()
+        errors["ours int8"].append(relative(rounded, want))
+        other_best += int((rounded.argmax(-1) != want.argmax(-1)).sum())
+        losses.append([text_loss(logits, ids) for logits in (rounded, want)])
         gaps += greedy_differences(ours[torch.float32], single, ids, args.tokens)
     print(f"{args.prompts} prompts, {sum(map(len, cut))} tokens; relative error of logits")
     figures: dict[str, float] = {}
@@ -165,6 +181,14 @@ def main() -> int:
         print(f"  {name:10s} median {statistics.median(values):.2e}  largest {max(values):.2e}")
         figures[name.replace(" ", "_") + "_median"] = statistics.median(values)
         figures[name.replace(" ", "_") + "_max"] = max(values)
+    total = sum(map(len, cut))
+    worse_by = statistics.mean(a - b for a, b in losses)
+    print(
+        f"int8: another best token at {other_best} of {total} positions; "
+        f"{worse_by:+.4f} nats a token of text"
+    )
+    figures["int8_other_best_share"] = other_best / total
+    figures["int8_nats_a_token"] = worse_by
     figures["greedy_tokens"] = args.prompts * args.tokens
     figures["greedy_prompts_differing"] = len(gaps)
     print(f"greedy float32: {len(gaps)} of {args.prompts} prompts differ {gaps}")

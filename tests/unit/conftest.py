@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,20 @@ def smollm_tokenizer(tokenizer_dir: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
+
+
+@pytest.fixture(scope="module", params=["avx512", "avx2", "portable"])
+def kernel_path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each path of the CPU kernels in turn, where this processor has it."""
+    from stateful_sglang.cpu import extension
+
+    kernels = extension.load()
+    if kernels is None:
+        pytest.skip("no C++ compiler")
+    if kernels.lib.sg_select(request.param.encode()) is None:
+        pytest.skip(f"this processor does not have {request.param}")
+    yield request.param
+    kernels.lib.sg_select(kernels.isa.encode())
 
 
 @pytest.fixture

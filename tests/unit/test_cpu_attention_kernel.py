@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stateful_sglang.cpu import extension, ops
+from stateful_sglang.cpu import ops
 
-pytestmark = pytest.mark.skipif(extension.load() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.usefixtures("kernel_path")
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2}
 

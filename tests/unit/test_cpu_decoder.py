@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from stateful_sglang.cpu import extension, ops
+from stateful_sglang.cpu import ops
 from stateful_sglang.cpu.plan import plan_step
 
-pytestmark = pytest.mark.skipif(extension.load() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.usefixtures("kernel_path")
 
 HIDDEN, INTER, LAYERS = 96, 160, 3
 SLOTS = 600

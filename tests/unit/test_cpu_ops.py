@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from stateful_sglang.cpu import extension, ops
+from stateful_sglang.cpu import ops
 
-pytestmark = pytest.mark.skipif(extension.load() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.usefixtures("kernel_path")
 
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 
