@@ -3,11 +3,12 @@
 ``python -m bench.cpu_logits [--prompts 50] [--tokens 24] [--json FILE]``
 
 Each prompt runs through our layers in bfloat16, in float32 and with int8 weights, through
-transformers in bfloat16 and in float64, all from the same checkpoint. Printed: the relative error of all logits of a prompt,
-median and largest over the prompts, for ours and for plain torch; how often int8 has another best
-token than float64, and by how much less likely a token int8 makes the text; and the number of greedy tokens
-in which our float32 engine differs from transformers run from scratch in float32. Exit status 1 if
-ours is less exact than torch's bfloat16, or if a greedy token differs without a tie below 1e-4.
+transformers in bfloat16 and in float64, all from the same checkpoint. Printed: the relative error
+of all logits of a prompt, median and largest over the prompts, for ours and for plain torch; how
+often int8 has another best token than float64, and by how much less likely a token int8 makes the
+text; and the number of greedy tokens in which our float32 engine differs from transformers run from
+scratch in float32. Exit status 1 if ours is less exact than torch's bfloat16, or if a greedy token
+differs without a tie below 1e-4.
 """
 
 from __future__ import annotations
@@ -165,7 +166,8 @@ def main() -> int:
     gaps: list[float] = []
     cut = prompts(args.prompts, tokenizer)
     for done, ids in enumerate(cut):
-        print(f"\r{done}/{len(cut)} prompts", end="", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print(f"\r{done}/{len(cut)} prompts", end="", file=sys.stderr, flush=True)
         want = exact(ids[None]).logits[0]
         errors["ours bf16"].append(relative(ours[torch.bfloat16].logits(ids), want))
         errors["torch bf16"].append(relative(half(ids[None]).logits[0], want))

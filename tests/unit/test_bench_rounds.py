@@ -105,6 +105,15 @@ def test_a_cell_over_its_budget_is_left_out_with_the_reason(bench) -> None:
     assert results.speed("fast", decode(4, 128)) is not None
 
 
+def test_prompts_that_take_too_long_are_left_out_before_they_are_sent(bench) -> None:
+    make, loads = bench
+    results = make(cell_budget=1.0).run()
+    assert results.speed("fast", prefill(2048)) is None
+    assert "a prompt would take about 2 s" in results.missing["fast", prefill(2048)]
+    assert results.speed("fast", prefill(128)) is not None
+    assert all(len(prompt) < 2048 for load in loads for prompt in load.prompts)
+
+
 EVENTS = {
     "/generate": [{"meta_info": {"completion_tokens": n}} for n in (1, 2, 4)],
     "/v1/completions": [
