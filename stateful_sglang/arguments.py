@@ -13,13 +13,10 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stateful_sglang import device, machine, model
 from stateful_sglang.runtime.config import PluginConfig
-
-if TYPE_CHECKING:
-    from stateful_sglang.cpu.extension import Status
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +62,8 @@ def settle(ours: argparse.Namespace, theirs: list[str]) -> tuple[Any, PluginConf
     )
     config.to_env()
     prepared = platform.prepare()
+    if prepared.cpu_engine:
+        _build_kernels()  # Aloud: loading our plugin would do it without a word.
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
@@ -200,6 +199,8 @@ def suit_cpu(given: Mapping[str, Any], added: dict[str, Setting], *, int8: bool 
     Raises:
         LaunchError: The model or the memory will not do, or int8 was asked for without kernels.
     """
+    from stateful_sglang.cpu import extension
+
     path = str(given.get("model_path") or added["model_path"])
     dtype = str(given.get("dtype", "bfloat16"))
     try:
@@ -213,7 +214,8 @@ def suit_cpu(given: Mapping[str, Any], added: dict[str, Setting], *, int8: bool 
         ) from error
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     here = machine.probe()
-    kernels = _kernels()
+    _build_kernels()
+    kernels = extension.status()
     if kernels.isa is not None:
         shape = dataclasses.replace(shape, packed_bytes=shape.packed_size(int8=int8))
     elif int8:
@@ -245,14 +247,13 @@ def suit_cpu(given: Mapping[str, Any], added: dict[str, Setting], *, int8: bool 
     return f"{device.describe(choices, given, here)}\n  {'kernels':<24}{isa:<14}{kernels.detail}"
 
 
-def _kernels() -> Status:
-    """Compile the kernels if this is their first time, and say which ones will run."""
+def _build_kernels() -> None:
+    """Compile the kernels if this is their first time."""
     from stateful_sglang.cpu import extension
 
     if os.environ.get(extension.ISA_ENV) != "off":
         with contextlib.suppress(extension.BuildError):  # `status` gives the reason and the remedy
             extension.build(lambda line: print(line, file=sys.stderr, flush=True))
-    return extension.status()
 
 
 def model_config(path: str) -> Mapping[str, Any]:
