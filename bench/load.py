@@ -10,9 +10,17 @@ from typing import Any, Protocol
 
 import httpx
 
-from bench.stats import Arrival, joint_rate
+from bench.stats import Arrival, joint
 
 TIMEOUT_S = 600.0
+ENOUGH = 0.5
+"""Share of the wanted tokens that every stream must decode while all streams do."""
+MOST_TOKENS = 1024
+"""Longest that a stream may get so that all overlap: as much fits behind the longest context."""
+
+
+class NeverTogetherError(RuntimeError):
+    """Streams did not decode at the same time, however long they were."""
 
 
 class RequestError(RuntimeError):
@@ -123,26 +131,51 @@ class Load:
     def __init__(self, url: str, dialect: Dialect) -> None:
         self._url = url
         self._dialect = dialect
+        self._asked: dict[int, int] = {}
+        """Tokens a stream that were enough last time, by number of streams."""
 
     def first_token_s(self, prompt: Sequence[int], slot: int = 0) -> float:
         """Seconds to the first token of a prompt; it is in the prefix cache afterwards."""
         return self._run([(prompt, slot)], 1)[0].first_s
 
     def decode_rate(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
-        """Tokens a second of one stream a prompt, all at once; see `joint_rate`."""
-        streams = self._run([(prompt, slot) for slot, prompt in enumerate(prompts)], tokens)
-        return joint_rate([stream.arrivals for stream in streams])
+        """Tokens a second of one stream a prompt, while all streams decode.
+
+        Requests start one after the other, and on a fast machine the first could be over before the
+        last has begun. So streams are made longer until each has decoded about half of `tokens`
+        beside all others.
+
+        Raises:
+            NeverTogetherError: They had not at `MOST_TOKENS`.
+        """
+        asked = max(tokens, self._asked.get(len(prompts), 0))
+        while True:
+            streams = self._run([(prompt, slot) for slot, prompt in enumerate(prompts)], asked)
+            found = joint([stream.arrivals for stream in streams])
+            if found.tokens >= ENOUGH * tokens:
+                self._asked[len(prompts)] = asked
+                return found.tokens_per_s
+            if asked >= MOST_TOKENS:
+                raise NeverTogetherError(
+                    f"{len(prompts)} streams of {asked} tokens decoded {found.tokens:.0f} of them "
+                    f"all at once; expected at least {ENOUGH * tokens:.0f}: does the server take "
+                    "that many requests at a time?"
+                )
+            asked = min(2 * asked, MOST_TOKENS)
 
     def _run(self, requests: Sequence[tuple[Sequence[int], int]], tokens: int) -> list[Stream]:
         async def gather() -> list[Stream]:
             async with httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT_S) as client:
-                bodies = [self._dialect.body(p, tokens, slot) for p, slot in requests]
+                # Written before the first is sent, so that little lies between the starts.
+                bodies = [
+                    json.dumps(self._dialect.body(prompt, tokens, slot)).encode()
+                    for prompt, slot in requests
+                ]
                 return await asyncio.gather(*(self._stream(client, body) for body in bodies))
 
         return asyncio.run(gather())
 
-    async def _stream(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Stream:
-        content = json.dumps(body).encode()
+    async def _stream(self, client: httpx.AsyncClient, content: bytes) -> Stream:
         headers = {"content-type": "application/json"}
         arrivals: list[Arrival] = []
         count = 0

@@ -46,23 +46,28 @@ class Arrival(NamedTuple):
     """Tokens generated so far."""
 
 
-def joint_rate(streams: Sequence[Sequence[Arrival]]) -> float:
-    """Tokens a second of all streams together while all of them decode.
+class Joint(NamedTuple):
+    """The time in which some streams all decoded."""
 
-    The window is from the last stream's first token to the first stream's end. Counts at its ends
-    are interpolated between arrivals: a step's tokens arrive one stream after another.
+    tokens_per_s: float
+    """Of all streams together."""
+    tokens: float
+    """Decoded meanwhile by the stream that decoded fewest."""
 
-    Raises:
-        ValueError: There is no such window.
+
+def joint(streams: Sequence[Sequence[Arrival]]) -> Joint:
+    """Measure streams in the window in which all of them decode.
+
+    The window is from the last stream's first token to the first stream's end; where a stream ended
+    before the last one began there is none, and both numbers are 0. Counts at its ends are
+    interpolated between arrivals: a step's tokens arrive one stream after another.
     """
     begin = max(stream[0].at for stream in streams)
     end = min(stream[-1].at for stream in streams)
     if end <= begin:
-        raise ValueError(
-            "the streams never decoded all at once: a stream ended before the last one began; "
-            "expected more tokens a stream or a shorter wait for the first"
-        )
-    return sum(_count(s, end) - _count(s, begin) for s in streams) / (end - begin)
+        return Joint(0.0, 0.0)
+    decoded = [_count(s, end) - _count(s, begin) for s in streams]
+    return Joint(sum(decoded) / (end - begin), min(decoded))
 
 
 def _count(stream: Sequence[Arrival], at: float) -> float:

@@ -17,8 +17,18 @@ from bench import engine, machine
 from bench.cells import decode, prefill
 from bench.engine import EngineBench
 from bench.limits import Rates
-from bench.load import LlamaCppDialect, Load, OpenAIDialect, RequestError, SGLangDialect
+from bench.load import (
+    MOST_TOKENS,
+    LlamaCppDialect,
+    Load,
+    NeverTogetherError,
+    OpenAIDialect,
+    RequestError,
+    SGLangDialect,
+    Stream,
+)
 from bench.peers import Arm, ArmUnavailableError, Setting
+from bench.stats import Arrival
 
 CONFIG = {
     "hidden_size": 8,
@@ -167,3 +177,45 @@ def test_a_stream_is_timed_from_its_first_token_to_its_last(url: str, dialect) -
 def test_a_refused_request_says_so(url: str) -> None:
     with pytest.raises(RequestError, match="500"):
         Load(url, LlamaCppDialect())._run([([1], 0)], 13)
+
+
+class FastLoad(Load):
+    """A server that decodes a token a millisecond, and starts each request `apart` ms later."""
+
+    def __init__(self, apart: float) -> None:
+        super().__init__("http://fast", SGLangDialect())
+        self.apart = apart
+        self.asked: list[int] = []
+
+    def _run(self, requests: Sequence[tuple[Sequence[int], int]], tokens: int) -> list[Stream]:
+        self.asked.append(tokens)
+        begins = [self.apart * number / 1e3 for number in range(len(requests))]
+        return [Stream(at, [Arrival(at + n / 1e3, n + 1) for n in range(tokens)]) for at in begins]
+
+
+def test_streams_over_before_the_last_begins_are_made_longer_until_all_overlap() -> None:
+    load = FastLoad(apart=5)
+    assert load.decode_rate([[1]] * 16, 40) == pytest.approx(16_000)
+    # The last begins 75 ms after the first; half of 40 tokens of each are wanted beside it.
+    assert load.asked == [40, 80, 160]
+
+
+def test_the_length_that_was_enough_is_asked_for_at_once_the_next_time() -> None:
+    load = FastLoad(apart=5)
+    load.decode_rate([[1]] * 16, 40)
+    load.decode_rate([[1]] * 16, 40)
+    load.decode_rate([[1]], 40)
+    assert load.asked == [40, 80, 160, 160, 40]
+
+
+def test_streams_that_overlap_as_they_are_keep_their_length() -> None:
+    load = FastLoad(apart=0.1)
+    load.decode_rate([[1]] * 16, 40)
+    assert load.asked == [40]
+
+
+def test_a_server_that_takes_one_request_at_a_time_is_told_of() -> None:
+    load = FastLoad(apart=10_000)
+    with pytest.raises(NeverTogetherError, match="2 streams of 1024 tokens decoded 0"):
+        load.decode_rate([[1]] * 2, 40)
+    assert load.asked[-1] == MOST_TOKENS
