@@ -44,7 +44,7 @@ def prepare() -> Prepared:
     Raises:
         RuntimeError: SGLang was imported already, so that it has made its choices without us.
     """
-    schemas = _define_torchvision_schemas()
+    schemas = define_torchvision_schemas()
     if has_accelerator():
         return Prepared(cpu_engine=False, torchvision_schemas=schemas, standin_kernel=False)
     if "sglang.srt.utils.common" in sys.modules and os.getenv("SGLANG_USE_CPU_ENGINE") != "1":
@@ -93,15 +93,16 @@ def _install_standin_kernel() -> bool:
 def _install_standin_triton() -> bool:
     if "triton" in sys.modules:
         return bool(getattr(sys.modules["triton"], "IS_STANDIN", False))
-    if importlib.util.find_spec("triton") is not None:
-        return False
     from stateful_sglang.cpu.standin import triton
 
+    found = importlib.util.find_spec("triton")
+    if found is not None:
+        return triton.answers(found)
     triton.install()
     return True
 
 
-def _define_torchvision_schemas() -> bool:
+def define_torchvision_schemas() -> bool:
     """Give torchvision the op schemas it registers meta functions for, if it has none itself.
 
     The wheel for CUDA cannot load its library beside a CPU build of torch, and its import then

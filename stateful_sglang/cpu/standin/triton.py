@@ -121,3 +121,13 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def install() -> None:
     """Answer `import triton` in this process. The caller knows that there is no real one."""
     sys.meta_path.append(_Finder())
+
+
+def find(name: str) -> importlib.machinery.ModuleSpec | None:
+    """The stand-in's module of this name, None for other packages'."""
+    return _Finder().find_spec(name)
+
+
+def answers(spec: importlib.machinery.ModuleSpec) -> bool:
+    """Whether what was found is the stand-in."""
+    return isinstance(spec.loader, _Finder)
