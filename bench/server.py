@@ -16,6 +16,8 @@ from pathlib import Path
 
 import httpx
 
+from stateful_sglang import loopback
+
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 20.0
 
@@ -68,6 +70,7 @@ def serve_command(
     Raises:
         ServerDiedError: It did not become healthy.
     """
+    loopback.spare(os.environ)  # for the clients in this process, and whatever it starts
     port = free_port()
     log = Path(tempfile.mkstemp(prefix="stateful-sglang-", suffix=".log")[1])
     began = time.monotonic()

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, overload
 
 import httpx
 
+from stateful_sglang import loopback
 from stateful_sglang.frontend.client import DEFAULT_TIMEOUT, response_error
 from stateful_sglang.frontend.errors import SessionNotFoundError
 from stateful_sglang.frontend.events import TurnProgress
@@ -27,7 +28,11 @@ class AsyncClient:
     ) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
         self._http = httpx.AsyncClient(
-            base_url=base_url, headers=headers, timeout=timeout, transport=transport
+            base_url=base_url,
+            headers=headers,
+            timeout=timeout,
+            transport=transport,
+            mounts=loopback.direct(base_url),
         )
 
     async def open(

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, overload
 
 import httpx
 
+from stateful_sglang import loopback
 from stateful_sglang.frontend.errors import ApiError, SessionNotFoundError, error_of
 from stateful_sglang.frontend.events import TurnProgress
 from stateful_sglang.frontend.types import Messages, ToolChoice, Turn, append_body, open_body
@@ -29,7 +30,11 @@ class Client:
     ) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
         self._http = httpx.Client(
-            base_url=base_url, headers=headers, timeout=timeout, transport=transport
+            base_url=base_url,
+            headers=headers,
+            timeout=timeout,
+            transport=transport,
+            mounts=loopback.direct(base_url),
         )
 
     def open(
