@@ -15,25 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stateful_sglang import device, machine, model
+from stateful_sglang import conflicts, device, machine, model, suitability
 from stateful_sglang.runtime.config import PluginConfig
 
 logger = logging.getLogger(__name__)
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
-_OWN_TREE = "sessions keep their KV in a prefix tree of their own"
-_STATEFUL_CONFLICTS = {
-    "disable_radix_cache": _OWN_TREE,
-    "radix_cache_backend": _OWN_TREE,
-    "enable_mixed_chunk": "a batch that mixes prompts and decoding cannot verify drafts",
-    "skip_tokenizer_init": "the session routes render and tokenise messages",
-    "tokenizer_worker_num": "one process owns the sessions' versions",
-    "dp_size": "a session's KV lies with one scheduler, which requests would miss",
-}
-"""Arguments that sessions exclude, with the reason; numbers exclude them above 1."""
-_OTHER_SERVERS = ("use_ray", "grpc_mode", "smg_grpc_mode", "encoder_only")
-"""SGLang modes that are not its Python HTTP server, which is the one this launcher starts."""
-
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 30000
 
 Setting = int | float | str | bool
@@ -43,8 +30,8 @@ class LaunchError(Exception):
     """Something the user can mend; the message says what was wrong, expected, and to be done."""
 
 
-def settle(ours: argparse.Namespace, theirs: list[str]) -> tuple[Any, PluginConfig]:
-    """Make SGLang's ``ServerArgs`` and publish our settings to this process and its children.
+def settle(ours: argparse.Namespace, config: PluginConfig, theirs: list[str]) -> Any:
+    """Make SGLang's ``ServerArgs``; publish our settings to this process and those to come.
 
     Raises:
         LaunchError: An argument, the model, the port or the memory will not do.
@@ -53,13 +40,6 @@ def settle(ours: argparse.Namespace, theirs: list[str]) -> tuple[Any, PluginConf
 
     if ours.cache_dir is not None:
         os.environ[model.CACHE_ENV] = str(ours.cache_dir.expanduser().absolute())
-    config = PluginConfig(
-        stateful=ours.stateful == "on",
-        pin_budget=ours.pin_budget,
-        draft=ours.draft,
-        max_draft=ours.max_draft,
-        cpu_quant=ours.cpu_quant,
-    )
     config.to_env()
     prepared = platform.prepare()
     if prepared.cpu_engine:
@@ -77,7 +57,7 @@ def settle(ours: argparse.Namespace, theirs: list[str]) -> tuple[Any, PluginConf
     check_port(given, added)
     report = ""
     if prepared.cpu_engine and given.get("device", "cpu") == "cpu":
-        report = suit_cpu(given, added, int8=config.cpu_quant == "int8")
+        report = suit_cpu(given, added, int8=config.cpu_quant == "int8", sessions=config.stateful)
     elif config.cpu_quant != "off":
         raise LaunchError(
             f"--cpu-quant {config.cpu_quant} is for a server without a GPU; this one runs on "
@@ -89,7 +69,7 @@ def settle(ours: argparse.Namespace, theirs: list[str]) -> tuple[Any, PluginConf
     server_args = _server_args(argv + _flags(added))
     if report:
         logger.info("%s", report)
-    return server_args, config
+    return server_args
 
 
 def given_arguments(theirs: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -99,16 +79,31 @@ def given_arguments(theirs: list[str]) -> tuple[dict[str, Any], list[str]]:
 
     parser = _SGLangParser(prog="sglang", allow_abbrev=True)
     ServerArgs.add_cli_args(parser)
-    argv = theirs
-    if "--config" in theirs:
+    argv = spell_out_config(theirs)
+    if "--config" in argv:
         try:
-            argv = ConfigArgumentMerger(parser).merge_config_with_args(theirs)
+            argv = ConfigArgumentMerger(parser).merge_config_with_args(argv)
         except (ValueError, OSError) as error:
             raise LaunchError(f"--config: {error}") from error
     for action in parser._actions:
         action.default = argparse.SUPPRESS
         action.required = False
-    return vars(parser.parse_args(argv)), argv
+    given = vars(parser.parse_args(argv))
+    if given.pop("config", None) is not None:
+        raise LaunchError(
+            "--config was shortened, and SGLang reads a configuration file only where it is "
+            "written out. Write --config FILE"
+        )
+    return given, argv
+
+
+def spell_out_config(theirs: list[str]) -> list[str]:
+    """``--config=FILE`` as two words: SGLang passes over the file in the other spelling."""
+    argv: list[str] = []
+    for word in theirs:
+        name, equals, value = word.partition("=")
+        argv += ["--config", value] if equals and name == "--config" else [word]
+    return argv
 
 
 class _SGLangParser(argparse.ArgumentParser):
@@ -125,26 +120,33 @@ def check_modes(given: Mapping[str, Any], config: PluginConfig) -> None:
     Raises:
         LaunchError: Names the argument and the reason.
     """
-    for name in _OTHER_SERVERS:
-        if given.get(name):
-            raise LaunchError(
-                f"{_flag(name)} starts another kind of server; this launcher starts SGLang's "
-                "Python HTTP server. Use python -m sglang.launch_server for it"
-            )
+    other = conflicts.first(conflicts.OTHER_SERVERS, given)
+    if other is not None:
+        raise LaunchError(
+            f"{_flag(other.name)} is for another kind of server: {other.reason}, and this launcher "
+            "SGLang's Python HTTP server. Use python -m sglang.launch_server for it"
+        )
+    if conflicts.plugin_left_out(os.environ):
+        raise LaunchError(
+            f"SGLANG_PLUGINS={os.environ['SGLANG_PLUGINS']} leaves out our plugin, without which "
+            "this would be another server. Add stateful_sglang to it, or unset it"
+        )
     if not config.stateful:
         return
-    if os.environ.get("SGLANG_USE_PICKLE_IPC", "1").lower() in ("0", "false", "no"):
+    variable = conflicts.first(conflicts.VARIABLES, os.environ)
+    if variable is not None:
         raise LaunchError(
-            "SGLANG_USE_PICKLE_IPC=0 cannot be combined with sessions: SGLang's other encoding "
-            "does not know our append request. Unset it, or add --stateful off"
+            f"{variable.name}={os.environ[variable.name]} cannot be combined with sessions: "
+            f"{variable.reason}. Unset it, or add --stateful off"
         )
-    for name, reason in _STATEFUL_CONFLICTS.items():
-        value = given.get(name)
-        if value is True or value not in (None, False, 1):
-            raise LaunchError(
-                f"{_flag(name)} cannot be combined with sessions: {reason}. Leave it out, or add "
-                "--stateful off"
-            )
+    conflict = conflicts.first(conflicts.ARGUMENTS, given)
+    if conflict is not None:
+        value = given[conflict.name]
+        shown = _flag(conflict.name) + ("" if value is True else f" {value}")
+        raise LaunchError(
+            f"{shown} cannot be combined with sessions: {conflict.reason}. Leave it out, or add "
+            "--stateful off"
+        )
 
 
 def _default_model(cache_dir: Path | None) -> Path:
@@ -193,24 +195,40 @@ def check_model(path: str, load_format: str) -> None:
         )
 
 
-def suit_cpu(given: Mapping[str, Any], added: dict[str, Setting], *, int8: bool = False) -> str:
+def suit_cpu(
+    given: Mapping[str, Any],
+    added: dict[str, Setting],
+    *,
+    int8: bool = False,
+    sessions: bool = False,
+) -> str:
     """Add CPU settings, set the thread count of the processes to come, and describe both.
 
     Raises:
         LaunchError: The model or the memory will not do, or int8 was asked for without kernels.
     """
-    from stateful_sglang.cpu import extension
+    from stateful_sglang.cpu import extension, platform
 
+    platform.prepare()
     path = str(given.get("model_path") or added["model_path"])
     dtype = str(given.get("dtype", "bfloat16"))
+    config = model_config(path)
+    lacking = suitability.refusal_on_cpu(
+        config, sessions=sessions, real_kernels=platform.has_real_sgl_kernel()
+    )
+    if lacking is not None:
+        raise LaunchError(f"--model-path {path}: {lacking}")
     try:
         shape = device.model_shape(
-            model_config(path), _stored_bytes(path), "bfloat16" if dtype == "auto" else dtype
+            suitability.with_defaults(config),
+            _stored_bytes(path),
+            "bfloat16" if dtype == "auto" else dtype,
         )
     except KeyError as error:
         raise LaunchError(
-            f"--model-path {path}: its config.json has no {error}; expected the configuration of a "
-            "decoder language model"
+            f"--model-path {path}: its config.json has no {error.args[0]}, by which a model of "
+            "attention layers is sized, and its model_type "
+            f"({config.get('model_type', 'not given')}) has no default for it. Give it there"
         ) from error
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     here = machine.probe()
@@ -244,7 +262,7 @@ def suit_cpu(given: Mapping[str, Any], added: dict[str, Setting], *, int8: bool 
         if name != "threads" and name not in given:
             added[name] = choice.value
     isa = kernels.isa or "none, slower"
-    return f"{device.describe(choices, given, here)}\n  {'kernels':<24}{isa:<14}{kernels.detail}"
+    return device.describe(choices, given, here, ("kernels", isa, kernels.detail))
 
 
 def _build_kernels() -> None:

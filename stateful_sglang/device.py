@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from stateful_sglang import suitability
 from stateful_sglang.machine import Machine
 
 _MIB = 1 << 20
@@ -118,14 +119,14 @@ def model_shape(config: Mapping[str, Any], stored_bytes: int | None, dtype: str)
     """Read a Hugging Face configuration.
 
     Args:
-        config: ``config.json``; its ``text_config`` where the model has several.
+        config: ``config.json``; the language model's part of it where the model has several.
         stored_bytes: Size of the weight files, None where they are not here yet.
         dtype: The dtype served.
 
     Raises:
         KeyError: The configuration lacks a field that every decoder has.
     """
-    text = config.get("text_config") or config
+    text = suitability.language_part(config)
     layers = _field(text, "num_hidden_layers", "n_layer", "num_layers")
     hidden = _field(text, "hidden_size", "n_embd", "d_model")
     heads = _field(text, "num_attention_heads", "n_head", "num_heads")
@@ -148,9 +149,22 @@ def model_shape(config: Mapping[str, Any], stored_bytes: int | None, dtype: str)
     )
 
 
-def describe(choices: Mapping[str, Choice], given: Mapping[str, Any], machine: Machine) -> str:
-    """One readable block: every setting, its value, and why; what the user gave is marked."""
+def describe(
+    choices: Mapping[str, Choice],
+    given: Mapping[str, Any],
+    machine: Machine,
+    *facts: tuple[str, str, str],
+) -> str:
+    """One readable block: every setting, its value, and why; what the user gave is marked.
+
+    Args:
+        choices: As `choose` made them.
+        given: What the user gave, by SGLang's names.
+        machine: What they were chosen for.
+        facts: Further rows: name, value, explanation.
+    """
     lines = []
+    width = max(len(_flag(name)) for name in choices) + 2
     threads = given.get("threads", choices["threads"].value)
     if machine.load > machine.cores and threads > 1:
         lines.append(
@@ -162,10 +176,14 @@ def describe(choices: Mapping[str, Choice], given: Mapping[str, Any], machine: M
         f"{machine.free_memory / _GIB:.1f} GiB of free memory"
     ]
     for name, choice in choices.items():
-        flag = "OMP_NUM_THREADS" if name == "threads" else "--" + name.replace("_", "-")
         value, reason = (given[name], "given") if name in given else choice
-        lines.append(f"  {flag:<24}{value!s:<14}{reason}")
+        lines.append(f"  {_flag(name):<{width}}{value!s:<14}{reason}")
+    lines += [f"  {name:<{width}}{value:<14}{reason}" for name, value, reason in facts]
     return "\n".join(lines)
+
+
+def _flag(name: str) -> str:
+    return "OMP_NUM_THREADS" if name == "threads" else "--" + name.replace("_", "-")
 
 
 def _pool_tokens(machine: Machine, model: ModelShape, wanted: Wanted) -> Choice:

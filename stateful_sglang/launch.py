@@ -12,11 +12,10 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stateful_sglang import SGLANG_VERSION, arguments
+from stateful_sglang import arguments, loopback, preflight
 from stateful_sglang.arguments import DEFAULT_HOST, DEFAULT_PORT, LaunchError
 from stateful_sglang.runtime.config import PluginConfig
 
@@ -33,6 +32,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until stopped. Returns the exit status: 2 where the server could not be started."""
+    loopback.spare(os.environ)
     try:
         ours, theirs = parse(sys.argv[1:] if argv is None else list(argv))
         server_args, config = configure(ours, theirs)
@@ -116,28 +116,20 @@ def configure(ours: argparse.Namespace, theirs: list[str]) -> tuple[Any, PluginC
     Raises:
         LaunchError: The machine, the model or an argument will not do.
     """
-    require_sglang()
-    return arguments.settle(ours, theirs)
+    config = settings(ours)
+    preflight.check(config, theirs)
+    return arguments.settle(ours, config, theirs), config
 
 
-def require_sglang() -> None:
-    """Check that SGLang is there, in the release we attach to.
-
-    Raises:
-        LaunchError: It is not; the message has the remedy.
-    """
-    try:
-        installed = metadata.version("sglang")
-    except metadata.PackageNotFoundError:
-        installed = None
-    if installed != SGLANG_VERSION:
-        found = (
-            "SGLang is not installed" if installed is None else f"SGLang {installed} is installed"
-        )
-        raise LaunchError(
-            f"{found}; stateful_sglang works with exactly {SGLANG_VERSION}. Run scripts/install, "
-            f"or pip install sglang=={SGLANG_VERSION}"
-        )
+def settings(ours: argparse.Namespace) -> PluginConfig:
+    """The plugin's settings from our part of the command line."""
+    return PluginConfig(
+        stateful=ours.stateful == "on",
+        pin_budget=ours.pin_budget,
+        draft=ours.draft,
+        max_draft=ours.max_draft,
+        cpu_quant=ours.cpu_quant,
+    )
 
 
 def serve(server_args: Any, config: PluginConfig) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stateful_sglang import arguments, launch
+from stateful_sglang import arguments, launch, preflight
 from stateful_sglang.arguments import LaunchError
 from stateful_sglang.cpu.platform import prepare
 from stateful_sglang.runtime.config import PluginConfig
@@ -73,9 +73,9 @@ def test_other_arguments_are_sglangs_in_their_order() -> None:
 
 
 def test_another_sglang_is_refused_by_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.metadata, "version", lambda name: "0.5.9")
+    monkeypatch.setattr(preflight.metadata, "version", lambda name: "0.5.9")
     with pytest.raises(LaunchError, match=r"SGLang 0\.5\.9 is installed.*exactly 0\.5\.21"):
-        launch.require_sglang()
+        preflight.require_sglang()
 
 
 def test_the_launcher_exits_with_status_2_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
