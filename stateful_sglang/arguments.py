@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stateful_sglang import conflicts, device, machine, model, suitability
+from stateful_sglang import conflicts, device, loopback, machine, model, quiet, suitability
 from stateful_sglang.runtime.config import PluginConfig
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,9 @@ class LaunchError(Exception):
     """Something the user can mend; the message says what was wrong, expected, and to be done."""
 
 
-def settle(ours: argparse.Namespace, config: PluginConfig, theirs: list[str]) -> Any:
+def settle(
+    ours: argparse.Namespace, config: PluginConfig, theirs: list[str]
+) -> tuple[Any, PluginConfig]:
     """Make SGLang's ``ServerArgs``; publish our settings to this process and those to come.
 
     Raises:
@@ -41,6 +43,7 @@ def settle(ours: argparse.Namespace, config: PluginConfig, theirs: list[str]) ->
     if ours.cache_dir is not None:
         os.environ[model.CACHE_ENV] = str(ours.cache_dir.expanduser().absolute())
     config.to_env()
+    quiet.install()
     prepared = platform.prepare()
     if prepared.cpu_engine:
         _build_kernels()  # Aloud: loading our plugin would do it without a word.
@@ -50,6 +53,11 @@ def settle(ours: argparse.Namespace, config: PluginConfig, theirs: list[str]) ->
     given, argv = given_arguments(theirs)
     check_modes(given, config)
     added: dict[str, Setting] = {}
+    if config.quiet and not quiet.wanted(given):  # the level was written in another way
+        config = dataclasses.replace(config, quiet=False)
+        config.to_env()
+    if config.quiet:
+        added["log_level"] = quiet.LEVEL
     if "model_path" not in given:
         added["model_path"] = str(_default_model(ours.cache_dir))
     else:
@@ -67,9 +75,13 @@ def settle(ours: argparse.Namespace, config: PluginConfig, theirs: list[str]) ->
     if config.stateful:
         suit_sessions(config, given, added)
     server_args = _server_args(argv + _flags(added))
-    if report:
+    # Where SGLang's server will be asked, and asks itself, is no business of a proxy.
+    loopback.spare(os.environ, str(given.get("host", DEFAULT_HOST)))
+    if report and config.quiet:
+        print(report, file=sys.stderr, flush=True)
+    elif report:
         logger.info("%s", report)
-    return server_args
+    return server_args, config
 
 
 def given_arguments(theirs: list[str]) -> tuple[dict[str, Any], list[str]]:

@@ -8,6 +8,7 @@ heavy happens at import.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stateful_sglang import arguments, loopback, preflight
+from stateful_sglang import arguments, loopback, preflight, quiet, ready
 from stateful_sglang.arguments import DEFAULT_HOST, DEFAULT_PORT, LaunchError
 from stateful_sglang.runtime.config import PluginConfig
 
@@ -117,8 +118,9 @@ def configure(ours: argparse.Namespace, theirs: list[str]) -> tuple[Any, PluginC
         LaunchError: The machine, the model or an argument will not do.
     """
     config = settings(ours)
-    preflight.check(config, theirs)
-    return arguments.settle(ours, config, theirs), config
+    given = preflight.check(config, theirs)
+    config = dataclasses.replace(config, quiet=quiet.wanted(given))
+    return arguments.settle(ours, config, theirs)
 
 
 def settings(ours: argparse.Namespace) -> PluginConfig:
@@ -135,18 +137,21 @@ def settings(ours: argparse.Namespace) -> PluginConfig:
 def serve(server_args: Any, config: PluginConfig) -> None:
     """Run SGLang's HTTP server in this process until it is told to stop."""
     import torch
-    from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.entrypoints.http_server import app, launch_server
     from sglang.srt.utils import kill_process_tree
 
+    from stateful_sglang.api import unserved
     from stateful_sglang.cpu import processes
 
     torch.set_num_threads(1)  # This process tokenises and serves HTTP; the scheduler computes.
+    unserved.attach(app)
     extra = _stateful_client() if config.stateful else {}
     try:
         launch_server(
             server_args,
             run_scheduler_process_func=processes.run_scheduler_process,
             run_detokenizer_process_func=processes.run_detokenizer_process,
+            launch_callback=lambda: ready.announce(server_args, config),
             **extra,
         )
     finally:

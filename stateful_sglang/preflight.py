@@ -16,8 +16,8 @@ from stateful_sglang.arguments import LaunchError
 from stateful_sglang.runtime.config import PluginConfig
 
 
-def check(config: PluginConfig, theirs: list[str]) -> None:
-    """Refuse what needs no import to be refused.
+def check(config: PluginConfig, theirs: list[str]) -> dict[str, Any]:
+    """Refuse what needs no import to be refused; the arguments that were looked at.
 
     Raises:
         LaunchError: SGLang's release, the port, the model's folder or an argument will not do.
@@ -29,6 +29,7 @@ def check(config: PluginConfig, theirs: list[str]) -> None:
         arguments.check_port(given, {})
     if "model_path" in given:
         arguments.check_model(given["model_path"], given.get("load_format", "auto"))
+    return given
 
 
 def require_sglang() -> None:
@@ -64,6 +65,7 @@ def written_out(theirs: list[str]) -> dict[str, Any]:
     parser.add_argument("--node-rank", type=int)
     parser.add_argument("--model-path", "--model")
     parser.add_argument("--load-format")
+    parser.add_argument("--log-level")
     parser.add_argument("--disable-radix-cache", action="store_true")
     parser.add_argument("--pipeline-parallel-size", "--pp-size", dest="pp_size", type=int)
     parser.add_argument("--data-parallel-size", "--dp-size", dest="dp_size", type=int)

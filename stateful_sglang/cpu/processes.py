@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from stateful_sglang import quiet
 from stateful_sglang.cpu import platform
 
+quiet.install()
 platform.prepare()
 
 

@@ -28,6 +28,9 @@ class PluginConfig:
     cpu_quant: Literal["off", "int8"] = "off"
     """What the CPU kernels round a model's weights to."""
 
+    quiet: bool = False
+    """The user chose no log level: leave out what every start repeats."""
+
     def to_env(self) -> None:
         """Publish these settings to this process and to those it will spawn."""
         os.environ[ENV] = json.dumps(asdict(self))

@@ -15,9 +15,13 @@ ARGUMENTS_ENV = "STATEFUL_SGLANG_TEST_SERVER_ARGS"
 DEFAULT_ARGUMENTS = "--dtype float32 --context-length 4096"
 """In float32 the same prompt gives the same greedy answer, however it was cut into turns."""
 
+BEHIND_A_PROXY = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
+"""As on most company machines, but with a proxy that answers nobody: all that goes there fails."""
+
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """A server of the default model on a free port, ended by its own process id."""
-    with serve(*shlex.split(os.environ.get(ARGUMENTS_ENV, DEFAULT_ARGUMENTS))) as running:
+    arguments = shlex.split(os.environ.get(ARGUMENTS_ENV, DEFAULT_ARGUMENTS))
+    with serve(*arguments, env=BEHIND_A_PROXY) as running:
         yield running
