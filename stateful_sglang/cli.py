@@ -70,8 +70,8 @@ def doctor(
     from stateful_sglang import doctor as examination
     from stateful_sglang.launch import DEFAULT_PORT
 
-    findings = examination.examine(DEFAULT_PORT if port is None else port, cache_dir)
-    examination.render(findings)
+    checks = examination.examine(DEFAULT_PORT if port is None else port, cache_dir)
+    findings = examination.render(checks)
     raise typer.Exit(0 if examination.healthy(findings) else 1)
 
 

@@ -5,7 +5,7 @@ Every check stands alone and none may raise: whatever is broken, the others are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stateful_sglang.doctor import hardware, software
@@ -15,24 +15,28 @@ from stateful_sglang.doctor.screen import healthy, render
 __all__ = ["Finding", "examine", "healthy", "render"]
 
 
-def examine(port: int, cache_dir: Path | None = None) -> list[Finding]:
-    """Run every check. `port` is where a server would listen; 0 for any that is free."""
+def examine(port: int, cache_dir: Path | None = None) -> Iterator[Finding]:
+    """Run every check, one by one. `port` is where a server would listen; 0 for any free one.
+
+    What needs no import of torch comes first: a port in use is told at once.
+    """
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("stateful_sglang", software.ourselves),
         ("python", software.python),
-        ("torch", software.torch),
         ("sglang", software.sglang),
-        ("packages", software.packages),
-        ("attachments", software.attachments),
-        ("device", hardware.device),
+        ("port", lambda: hardware.port(port)),
         ("model", lambda: hardware.model(cache_dir)),
         ("cache folder", lambda: hardware.cache_folder(cache_dir)),
+        ("memory", lambda: hardware.memory(cache_dir)),
+        ("packages", software.packages),
+        ("torch", software.torch),
+        ("device", hardware.device),
         ("compiler", hardware.compiler),
         ("CPU kernels", hardware.kernels),
-        ("memory", lambda: hardware.memory(cache_dir)),
-        ("port", lambda: hardware.port(port)),
+        ("attachments", software.attachments),
     ]
-    return [_guarded(name, check) for name, check in checks]
+    for name, check in checks:
+        yield _guarded(name, check)
 
 
 def _guarded(name: str, check: Callable[[], Finding]) -> Finding:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import builtins
 import json
 import socket
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -67,8 +69,8 @@ def breaking_import(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 def test_a_sound_machine_is_ready(capsys: pytest.CaptureFixture[str]) -> None:
-    findings = examine(0)
-    render(findings)
+    findings = render(examine(0))
+    assert findings
     assert healthy(findings), findings
     assert capsys.readouterr().out.splitlines()[-1] == "ready to serve"
 
@@ -90,7 +92,7 @@ def test_another_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_torch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     breaking_import(monkeypatch, "torch")
-    findings = examine(0)
+    findings = list(examine(0))
     by_name = {each.name: each for each in findings}
     assert by_name["torch"].verdict == "fail"
     assert "cannot open shared object" in by_name["torch"].found
@@ -189,7 +191,7 @@ def test_a_check_that_breaks_is_a_row(check: str, monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("unforeseen\nsecond line")
 
     monkeypatch.setattr(f"stateful_sglang.{check}", broken)
-    findings = examine(0)
+    findings = list(examine(0))
     assert len(findings) == len({each.name for each in findings}) == 13
     assert any(each.found == "RuntimeError: unforeseen" for each in findings)
 
@@ -211,5 +213,29 @@ def test_the_exit_status_and_the_remedy_follow_the_findings(
     assert "-> mend it" in result.output
     assert "would fail: torch, port" in result.output
     monkeypatch.setattr(doctor, "examine", failing([]))
-    monkeypatch.setattr(doctor, "render", lambda findings: None)
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
+
+
+def test_a_port_in_use_is_shown_before_torch_is_imported() -> None:
+    code = """
+import sys
+from stateful_sglang.doctor import examine, render
+port = int(sys.argv[1])
+for row in examine(port):
+    if row.name == "port":
+        assert row.verdict == "fail"
+        sys.exit(f"imported {heavy}" if (heavy := {"torch", "sglang"} & set(sys.modules)) else 0)
+"""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ran = subprocess.run([sys.executable, "-c", code, port], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_a_row_is_shown_before_the_next_check_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    def checks() -> Iterator[Finding]:
+        yield Finding("first", "ok", "fine")
+        assert "first" in capsys.readouterr().out
+        yield Finding("second", "fail", "broken", "mend it")
+
+    assert [row.name for row in render(checks())] == ["first", "second"]
