@@ -162,9 +162,11 @@ def _stateful_client() -> dict[str, Any]:
     """The parts of `launch_server` that only a stateful server replaces."""
     from sglang.srt.entrypoints.http_server import app
 
+    from stateful_sglang.api import access_log
     from stateful_sglang.api.routes import build_router
     from stateful_sglang.runtime.client import SGLangEngine, stateful_tokenizer_manager
 
+    access_log.install()
     return {
         "init_tokenizer_manager_func": stateful_tokenizer_manager(
             lambda manager: app.include_router(build_router(SGLangEngine(manager)))

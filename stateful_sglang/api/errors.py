@@ -19,6 +19,12 @@ _STATUS: Mapping[type[errors.SessionError], int] = {
     errors.TooManySessionsError: 429,
     errors.TurnAbortedError: 503,
 }
+_ENGINE_KIND: Mapping[int, str] = {
+    409: "session_conflict",
+    422: "invalid_request",
+    503: "engine_unavailable",
+}
+"""What an engine's error is called where the engine names no kind of its own."""
 _UNION_TAGS = frozenset({"str", "list[str]", "list[constrained-str]", "constrained-str"})
 """What pydantic adds to a location: the member of a union that it tried."""
 
@@ -40,13 +46,16 @@ class EngineError(errors.SessionError):
 
     kind = "engine_error"
 
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str, status: int, kind: str | None = None) -> None:
         super().__init__(f"the model server ended this turn: {message}; nothing was committed")
         self.status = status
-        if status == 422:
-            self.kind = "invalid_request"
-        elif status == 503:
-            self.kind = "engine_unavailable"
+        self.kind = kind or _ENGINE_KIND.get(status, self.kind)
+
+
+class EngineUnavailableError(errors.SessionError):
+    """The model server did not answer a question in time."""
+
+    kind = "engine_unavailable"
 
 
 def status_of(error: errors.SessionError) -> int:
@@ -55,6 +64,8 @@ def status_of(error: errors.SessionError) -> int:
         return error.status
     if isinstance(error, BodyTooLargeError):
         return 413
+    if isinstance(error, EngineUnavailableError):
+        return 503
     return next(
         (status for kind, status in _STATUS.items() if isinstance(error, kind)),
         500,

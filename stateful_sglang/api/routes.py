@@ -76,7 +76,7 @@ def build_router(engine: TurnEngine, limits: Limits | None = None) -> APIRouter:
 
     @router.get("/tree")
     async def tree(
-        session_id: str | None = None, limit: Annotated[int, Query(ge=1, le=10_000)] = 100
+        session_id: str | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100
     ) -> JSONResponse:
         """The prefix tree, or one session's path in it."""
         return JSONResponse(await service.tree(session_id, limit))

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from stateful_sglang.api import tool_calls
-from stateful_sglang.api.errors import EngineError
+from stateful_sglang.api.errors import EngineError, EngineUnavailableError
 from stateful_sglang.api.sampling import DEFAULT_MAX_TOKENS, check_token_ids, sampling_params
 from stateful_sglang.api.schemas import AppendBody, OpenBody
 from stateful_sglang.api.turns import Reply, RunningTurn
@@ -76,7 +76,13 @@ class SessionService:
         """The prefix tree, or one session's path in it."""
         if session_id is not None:
             self._store.get(session_id)
-        return await self._engine.tree_summary(session_id, limit)
+        try:
+            return await self._engine.tree_summary(session_id, limit)
+        except TimeoutError as error:
+            raise EngineUnavailableError(
+                "the scheduler did not describe its tree in time: it is in one very long step, or "
+                "gone. Look at /health, and ask again"
+            ) from error
 
     async def append(self, session_id: str, body: AppendBody) -> RunningTurn:
         """Start a turn.
@@ -125,7 +131,7 @@ class SessionService:
         try:
             await self._engine.close_session(session.id)
         except Exception as error:
-            raise EngineError(f"closing session {session.id} failed: {error}", 500) from error
+            raise EngineError(f"closing the session failed: {error}", 500) from error
 
     def _plan(self, session: Session, body: AppendBody) -> PlannedTurn:
         """What the append adds, rendered and tokenised, and proven to fit."""

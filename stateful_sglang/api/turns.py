@@ -16,8 +16,9 @@ from stateful_sglang.session.errors import SessionError, TurnAbortedError
 logger = logging.getLogger(__name__)
 
 Reply = dict[str, Any]
-_CLIENT_ERROR = 400
-_UNAVAILABLE = 503
+_STATUS_OF_ABORT = {400: 422, 409: 409, 503: 503}
+_KIND_OF_ABORT = {"busy": "session_busy", "stale_base": "stale_base"}
+"""Kinds that a rank gives its refusals, as they are called in an error body."""
 
 
 class RunningTurn:
@@ -138,11 +139,7 @@ def _checked(progress: TurnProgress | None) -> TurnProgress:
     if progress is None or finish is None:
         raise EngineError("it ended without a finish reason", 500)
     if finish.get("type") == "abort":
-        status = finish.get("status_code")
-        known = {_CLIENT_ERROR: 422, _UNAVAILABLE: 503}
-        message = str(finish.get("message") or "aborted")
-        raise EngineError(message, known.get(int(status), 500) if status is not None else 500)
-    if finish.get("matched") == "NaN happened":
-        # SGLang reports broken logits as a matched stop string.
-        raise EngineError("the model's logits were not numbers", 500)
+        status = _STATUS_OF_ABORT.get(int(finish.get("status_code") or 0), 500)
+        kind = _KIND_OF_ABORT.get(str(finish.get("err_type")))
+        raise EngineError(str(finish.get("message") or "aborted"), status, kind)
     return progress

@@ -40,6 +40,10 @@ class VersionMismatchError(ConflictError):
     """The session is at another version than expected."""
 
 
+class StaleBaseError(ConflictError):
+    """The model server lost the session's tokens: open a new session."""
+
+
 class SessionClosedError(ApiError):
     """The session was closed while the turn ran."""
 
@@ -70,6 +74,8 @@ _BY_TYPE: Mapping[str, type[ApiError]] = {
     "session_not_found": SessionNotFoundError,
     "session_busy": SessionBusyError,
     "version_mismatch": VersionMismatchError,
+    "stale_base": StaleBaseError,
+    "session_conflict": ConflictError,
     "session_closed": SessionClosedError,
     "context_length_exceeded": ContextLengthError,
     "invalid_request": InvalidRequestError,

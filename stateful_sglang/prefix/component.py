@@ -189,6 +189,11 @@ class CardinalTreeCore(UnifiedTreeCore):
         """The node of that id, or None if it left the tree."""
         return self._node_arena.get(node_id)
 
+    @property
+    def node_count(self) -> int:
+        """Nodes in the tree, the root not counted."""
+        return len(self._node_arena) - 1
+
     def nodes(self) -> Sequence[CardinalNode]:
         """Every node but the root."""
         return [node for node in self._node_arena.values() if node.parent is not None]

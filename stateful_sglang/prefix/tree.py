@@ -12,9 +12,10 @@ import dataclasses
 import heapq
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_MATCHED_STR
 from sglang.srt.mem_cache.base_prefix_cache import (
     InsertParams,
     InsertResult,
@@ -40,9 +41,12 @@ from stateful_sglang.prefix.component import CardinalFullComponent, CardinalNode
 from stateful_sglang.prefix.policy import pin_budget_tokens
 from stateful_sglang.runtime.attachments import Attachment
 
+SUMMARY_NODES = 2000
+"""Most nodes that one description of the tree looks at: some two milliseconds of Python."""
 BACKEND = "cardinal"
 """Name under which the tree and its core are registered with SGLang."""
 
+_NAN_MARK = "NaN happened"
 _CACHE = "sglang.srt.mem_cache"
 _TREE = f"{_CACHE}.unified_radix_cache.UnifiedRadixCache"
 ATTACHMENTS = (
@@ -95,6 +99,11 @@ ATTACHMENTS = (
         "sglang.srt.managers.schedule_batch.Req._check_vocab_boundary_finish",
         "subclass",
         "NaN logits finish as a matched string, which we don't commit",
+    ),
+    Attachment(
+        "sglang.srt.managers.schedule_batch.Req._check_str_based_finish",
+        "subclass",
+        "a stop string that matched is the request's own object, which NaN logits' is not",
     ),
     Attachment(f"{_TREE}.insert", "subclass", "reports the leaf an insert ended on"),
     Attachment(f"{_TREE}.on_release", "subclass", "what a failed turn left in the tree is dead"),
@@ -283,12 +292,15 @@ class CardinalPrefixTree(UnifiedRadixCache):
     # ---- What can be seen from outside ----
 
     def summary(self, limit: int) -> dict[str, Any]:
-        """Describe the tree, and its ``limit`` nodes with most sessions; never token contents."""
-        nodes = self.tree_core.nodes()
-        top = heapq.nlargest(limit, nodes, key=lambda n: (n.cardinality, len(n.key), -n.id))
+        """Describe the tree, and its ``limit`` nodes with most sessions; never token contents.
+
+        Looks at no more than :data:`SUMMARY_NODES` nodes, whatever the tree holds, because nothing
+        decodes meanwhile; ``truncated`` says that there were more to choose from.
+        """
+        top, truncated = self._top(limit)
         return {
-            "nodes": len(nodes),
-            "tokens": sum(len(node.key) for node in nodes),
+            "nodes": self.tree_core.node_count,
+            "tokens": self.evictable_size() + self.protected_size(),
             "evictable_tokens": self.evictable_size(),
             "protected_tokens": self.protected_size(),
             "sessions": len(self._paths),
@@ -299,18 +311,46 @@ class CardinalPrefixTree(UnifiedRadixCache):
             "evicted_tokens": {
                 kind.name.lower(): tokens for kind, tokens in self._full.evicted_tokens.items()
             },
-            "top": [_info(node, _depth(node))._asdict() for node in top],
+            "top": [info._asdict() for info in top],
+            "truncated": truncated,
         }
 
-    def session_path(self, session_id: str) -> list[NodeInfo]:
-        """A session's nodes from the root down; empty if none of its KV is in the tree."""
+    def session_path(self, session_id: str, limit: int = SUMMARY_NODES) -> list[NodeInfo]:
+        """A session's last ``limit`` nodes, from the root down; empty if none of its KV is here."""
         leaf = self._paths.leaves.get(session_id)
         depth = leaf.end if leaf else 0
         infos: list[NodeInfo] = []
-        for node in self._paths.path(session_id):
+        for node in islice(self._paths.path(session_id), limit):
             infos.append(_info(node, depth))
             depth -= len(node.key)
         return infos[::-1]
+
+    def _top(self, limit: int) -> tuple[list[NodeInfo], bool]:
+        """The nodes with most sessions, and whether the search was cut short.
+
+        A node has at most its parent's sessions, so that the best nodes are found from the root
+        down, best first.
+        """
+        top: list[NodeInfo] = []
+        seen = 0
+        frontier: list[tuple[int, int, int, int, Any]] = []
+
+        def look_at(parent: Any, depth: int) -> None:
+            nonlocal seen
+            for node in islice(parent.children.values(), SUMMARY_NODES - seen):
+                seen += 1
+                tokens = len(node.key)
+                heapq.heappush(
+                    frontier, (-node.cardinality, -tokens, node.id, depth + tokens, node)
+                )
+
+        look_at(self.tree_core.root_node, 0)
+        while frontier and len(top) < limit:
+            *_, depth, node = heapq.heappop(frontier)
+            top.append(_info(node, depth))
+            look_at(node, depth)
+        cut = seen >= SUMMARY_NODES and self.tree_core.node_count > seen
+        return top, cut
 
     def check_integrity(self) -> None:
         """Recount everything: sessions, pins, the eviction queue, and SGLang's own accounts.
@@ -366,10 +406,20 @@ def _create(ctx: TreeCacheBuildContext, *, pin_budget: float) -> CardinalPrefixT
 def ended_well(req: Any) -> bool:
     """Whether a finished request's output becomes part of its session's transcript."""
     reason = req.finished_reason
-    if reason is None or isinstance(reason, FINISH_ABORT):
+    return reason is not None and not isinstance(reason, FINISH_ABORT) and not logits_broke(req)
+
+
+def logits_broke(req: Any) -> bool:
+    """Whether a request finished because its logits were not numbers.
+
+    SGLang reports that as a matched stop string, "NaN happened", which a client may ask for too.
+    They are told apart by identity: a stop string that really matched is one of the request's own
+    objects, and no client can make an object of its request be a constant of SGLang's code.
+    """
+    reason = req.finished_reason
+    if not isinstance(reason, FINISH_MATCHED_STR) or reason.matched != _NAN_MARK:
         return False
-    # SGLang reports logits that are not numbers as a stop string of this name.
-    return getattr(reason, "matched", None) != "NaN happened"
+    return not any(reason.matched is stop for stop in req.sampling_params.stop_strs or ())
 
 
 def _locks(node: Any) -> int:

@@ -24,6 +24,7 @@ from stateful_sglang.runtime.requests import (
     TreeSummaryReqOutput,
 )
 from stateful_sglang.session.engine import TurnProgress, TurnRequest
+from stateful_sglang.session.ids import digest
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 ATTACHMENTS = (
@@ -57,11 +58,24 @@ _DISPATCH_POLL_S = 0.005
 _TREE_REPLY_TIMEOUT_S = 30.0
 
 
+class TurnOrigin:
+    """What a turn continues. No dataclass: SGLang's request log writes out every field of one."""
+
+    __slots__ = ("base_len", "session_id")
+
+    def __init__(self, turn: TurnRequest) -> None:
+        self.session_id = turn.session_id
+        self.base_len = turn.base_len
+
+    def __repr__(self) -> str:
+        return f"TurnOrigin({digest(self.session_id)}, base_len={self.base_len})"
+
+
 @dataclass
 class TurnInput(GenerateReqInput):
     """A generate request that stands for one turn of a session."""
 
-    turn: TurnRequest | None = None
+    turn: TurnOrigin | None = None
 
 
 class StatefulTokenizerManager(TokenizerManager):
@@ -182,12 +196,13 @@ class SGLangEngine:
             input_ids=turn.delta.tolist(),
             sampling_params=sampling,
             stream=True,
-            turn=turn,
+            turn=TurnOrigin(turn),
         )
         progress = None
+        output_ids = array("q")
         try:
             async for out in self._manager.generate_request(request, None):
-                progress = _progress(out, progress)
+                progress = _progress(out, progress, output_ids)
                 queue.put_nowait(progress)
         except Exception as error:
             queue.put_nowait(error)
@@ -213,7 +228,10 @@ def _end_tokens(manager: StatefulTokenizerManager) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _progress(out: Mapping[str, Any], previous: TurnProgress | None) -> TurnProgress:
+def _progress(
+    out: Mapping[str, Any], previous: TurnProgress | None, output_ids: array[int]
+) -> TurnProgress:
+    """SGLang's report as ours; what it has beyond `output_ids` is appended to that array."""
     if "meta_info" not in out:  # an error that SGLang reports as a stream's last message
         error = out.get("error") or {}
         finish = {
@@ -223,9 +241,10 @@ def _progress(out: Mapping[str, Any], previous: TurnProgress | None) -> TurnProg
         }
         if previous is not None:
             return previous._replace(finish=finish)
-        return TurnProgress("", array("q"), finish, 0, 0, 0)
+        return TurnProgress("", output_ids, finish, 0, 0, 0)
     meta = out["meta_info"]
-    output_ids = array("q", out.get("output_ids") or ())
+    # SGLang's list holds the whole output at each report: only its tail is new.
+    output_ids.extend((out.get("output_ids") or [])[len(output_ids) :])
     finish = meta.get("finish_reason")
     # Without speculation SGLang counts no verify steps: one token a step after the prefill's.
     steps = meta.get("spec_verify_ct", max(len(output_ids) - 1, 0))

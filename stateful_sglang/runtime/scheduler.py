@@ -15,7 +15,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.utils import TypeBasedDispatcher
 
-from stateful_sglang.prefix.tree import ended_well
+from stateful_sglang.prefix.tree import ended_well, logits_broke
 from stateful_sglang.runtime.attachments import Attachment
 from stateful_sglang.runtime.requests import (
     SessionAppendReq,
@@ -23,7 +23,7 @@ from stateful_sglang.runtime.requests import (
     TreeSummaryReq,
     TreeSummaryReqOutput,
 )
-from stateful_sglang.session.rank import BusySessionError, RankSessions, RankTurn, StaleBaseError
+from stateful_sglang.session.rank import RankSessions, RankTurn, TurnRefusedError
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +72,8 @@ class SchedulerSessions:
             request.input_ids = self.ranks.begin_turn(
                 request.stateful_session, request.rid, request.base_len, request.input_ids
             )
-        except (StaleBaseError, BusySessionError) as error:
-            self._reject(request, str(error))
+        except TurnRefusedError as error:
+            self._reject(request, error)
             return
         self._scheduler.handle_generate_request(request)
 
@@ -90,8 +90,9 @@ class SchedulerSessions:
         if request.stateful_session is None:
             summary = self._tree.summary(request.limit)
         else:
-            path = self._tree.session_path(request.stateful_session)
-            summary = {"path": [node._asdict() for node in path[: request.limit]]}
+            path = self._tree.session_path(request.stateful_session, request.limit)
+            truncated = bool(path) and path[0].depth > path[0].tokens
+            summary = {"path": [node._asdict() for node in path], "truncated": truncated}
         return TreeSummaryReqOutput(rid=request.rid, summary=summary)
 
     def end(self, req: Req) -> RankTurn | None:
@@ -105,8 +106,15 @@ class SchedulerSessions:
             self._tree.release_session_leaf(turn.session_id)
         return turn
 
-    def _reject(self, request: SessionAppendReq, message: str) -> None:
-        logger.warning("turn rejected: %s", message)
+    def tell_failure(self, req: Req) -> None:
+        """Make logits that were not numbers, which SGLang calls a stop, an error of the turn."""
+        if self.ranks.turn_of(req.rid) is not None and logits_broke(req):
+            req.finished_reason = FINISH_ABORT(
+                "the model's logits were not numbers", HTTPStatus.INTERNAL_SERVER_ERROR, "broken"
+            )
+
+    def _reject(self, request: SessionAppendReq, error: TurnRefusedError) -> None:
+        logger.warning("turn rejected: %s", error)
         req = Req(
             request.rid,
             None,
@@ -118,7 +126,7 @@ class SchedulerSessions:
             time_stats=request.time_stats,
         )
         req.tokenizer = self._scheduler.tokenizer
-        req.finished_reason = FINISH_ABORT(message, HTTPStatus.CONFLICT, "SessionConflict")
+        req.finished_reason = FINISH_ABORT(str(error), HTTPStatus.CONFLICT, error.kind)
         self._scheduler.output_streamer.stream_output([req], False)
 
 
@@ -132,7 +140,7 @@ def attach() -> None:
     HookRegistry.register(
         f"{_SCHEDULER}.Scheduler.init_request_dispatcher", _add_requests, HookType.AFTER
     )
-    HookRegistry.register(f"{_STREAMER}.stream_output", _end_finished, HookType.AFTER)
+    HookRegistry.register(f"{_STREAMER}.stream_output", _end_finished, HookType.AROUND)
     HookRegistry.register(f"{_SCHEDULER}._make_abort_req", _end_aborted, HookType.AFTER)
 
 
@@ -153,12 +161,17 @@ def _add_requests(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) ->
 
 
 def _end_finished(
-    _result: None, _streamer: Any, reqs: list[Req], *_args: Any, **_kwargs: Any
+    stream_output: Any, streamer: Any, reqs: list[Req], *args: Any, **kwargs: Any
 ) -> None:
-    if _bound is not None:
-        for req in reqs:
-            if req.finished():
-                _bound.end(req)
+    if _bound is None:
+        stream_output(streamer, reqs, *args, **kwargs)
+        return
+    ended = [req for req in reqs if req.finished()]
+    for req in ended:
+        _bound.tell_failure(req)
+    stream_output(streamer, reqs, *args, **kwargs)
+    for req in ended:
+        _bound.end(req)
 
 
 def _end_aborted(_result: Any, req: Req, *_args: Any, **_kwargs: Any) -> None:

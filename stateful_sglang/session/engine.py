@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 class TurnRequest:
     """One turn as it travels to the scheduler: only what is new."""
 
-    session_id: str
+    session_id: str = field(repr=False)
     rid: str
     """Random and of fixed length: SGLang's abort matches request ids by prefix."""
     base_len: int
@@ -35,7 +35,8 @@ class TurnProgress(NamedTuple):
     text: str
     """The whole text so far, stop strings trimmed."""
     output_ids: array[int]
-    """All output tokens so far ('q'), cut at what is delivered, a generated end token included."""
+    """All output tokens so far ('q'), cut at what is delivered, a generated end token included.
+    One array that grows with the turn: an earlier progress shows later tokens too."""
     finish: Mapping[str, Any] | None
     """SGLang's finish reason (``type``: stop, length or abort), or None while generating."""
     prompt_tokens: int

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from stateful_sglang.session.ids import digest
 from stateful_sglang.session.transcript import Transcript
 
 
@@ -26,23 +27,34 @@ class RankTurn(NamedTuple):
     """``base_len`` plus the delta: what the model is asked to continue."""
 
 
-class StaleBaseError(LookupError):
+class TurnRefusedError(RuntimeError):
+    """A rank can't run a turn; `kind` is stable and travels to the API process."""
+
+    kind: str
+
+
+class StaleBaseError(TurnRefusedError):
     """The rank holds fewer tokens than the API says are committed."""
+
+    kind = "stale_base"
 
     def __init__(self, session_id: str, base_len: int, held: int) -> None:
         super().__init__(
-            f"session {session_id}: the turn continues {base_len} committed tokens, but this rank "
-            f"holds {held}; the scheduler was restarted or its state was lost. Open a new session."
+            f"session {digest(session_id)}: the turn continues {base_len} committed tokens, but "
+            f"this rank holds {held}; the scheduler was restarted or its state was lost. "
+            "Open a new session."
         )
 
 
-class BusySessionError(RuntimeError):
+class BusySessionError(TurnRefusedError):
     """A second turn arrived while one is in flight: the API admits one writer a session."""
+
+    kind = "busy"
 
     def __init__(self, session_id: str, rid: str) -> None:
         super().__init__(
-            f"session {session_id} already runs turn {rid}; one writer a session is expected. "
-            "Wait for the turn to end, or abort it."
+            f"session {digest(session_id)} already runs turn {rid}; one writer a session is "
+            "expected. Wait for the turn to end, or abort it."
         )
 
 
@@ -85,7 +97,7 @@ class RankSessions:
         transcript.extend(delta)
         self._turns[rid] = RankTurn(session_id, base_len, len(transcript))
         self._rid_of[session_id] = rid
-        return array("q", transcript)
+        return transcript.widened()
 
     def turn_of(self, rid: str) -> RankTurn | None:
         """The turn that request ``rid`` runs, or None for a request without a session."""

@@ -94,7 +94,7 @@ class SessionStore:
         session.busy = True
         base_len = min(plan.base_len, session.held_len)
         session.held_len = base_len
-        return base_len, array("q", session.transcript.slice(base_len, plan.base_len)) + plan.delta
+        return base_len, session.transcript.widened(base_len, plan.base_len) + plan.delta
 
     def commit(
         self,

@@ -87,6 +87,8 @@ class EngineDouble:
         self.paused, self.go = asyncio.Event(), asyncio.Event()
         self.linger: asyncio.Event | None = None
         """Awaited after the last token was given, before the turn is over."""
+        self.silent = False
+        """Whether questions about the tree go unanswered."""
         self.end_with: Mapping[str, Any] | Exception | None = None
         """In place of a good finish."""
 
@@ -124,6 +126,8 @@ class EngineDouble:
         self.closed.append(session_id)
 
     async def tree_summary(self, session_id: str | None, limit: int) -> dict[str, Any]:
+        if self.silent:
+            raise TimeoutError
         return {"session_id": session_id, "limit": limit, "nodes": []}
 
     def answer_to(self, prompt: list[int], max_tokens: int) -> list[int]:

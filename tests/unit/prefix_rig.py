@@ -27,6 +27,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams  # noqa: E402
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams  # noqa: E402
 from sglang.srt.mem_cache.common import release_kv_cache  # noqa: E402
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool  # noqa: E402
+from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402, F401 - for tests that count
 from sglang.srt.mem_cache.unified_cache.components import ComponentType  # noqa: E402
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache  # noqa: E402
 from sglang.srt.runtime_context import get_context  # noqa: E402
@@ -62,6 +63,15 @@ def params(pool_tokens: int, page_size: int = 1, context: int = 16384) -> CacheI
     )
 
 
+def chain(tokens: Sequence[int]) -> list[int]:
+    """A hash for each position, of all tokens up to it: what its KV depends on."""
+    seen, hashes = 0, []
+    for token in tokens:
+        seen = hash((seen, token))
+        hashes.append(seen)
+    return hashes
+
+
 class Rig:
     """One rank: admits, prefills, decodes and finishes requests as SGLang's scheduler would."""
 
@@ -80,6 +90,8 @@ class Rig:
         self.rows = made.req_to_token_pool
         self.turns: dict[str, RigTurn] = {}
         self.running: list[Req] = []
+        self.kv_of: dict[int, int] = {}
+        """What each KV slot was computed for: the tokens up to it, as `chain` hashes them."""
         self.after_eviction: Callable[[], None] = lambda: None
         self.tree = tree_of(made) if tree_of else CardinalPrefixTree(made, pin_budget=pin_budget)
         if isinstance(self.tree, CardinalPrefixTree):
@@ -102,6 +114,7 @@ class Rig:
         req.lock_receipt = receipt.to_dec_params()
         fill = len(req.full_untruncated_fill_ids)
         held = len(req.prefix_indices)
+        self.check_slots(req.full_untruncated_fill_ids, req.prefix_indices)
         slots = self._allocate(self._pages(fill) - held)
         if slots is None:
             self.tree.dec_lock_ref(req.last_node, req.lock_receipt)
@@ -111,6 +124,7 @@ class Rig:
         (row,) = self.rows.alloc([req])
         self.rows.write((row, slice(0, held)), req.prefix_indices)
         self.rows.write((row, slice(held, fill)), slots[: fill - held])
+        self._compute(req, held, fill)
         req.kv.kv_committed_len = req.kv.kv_allocated_len = fill
         self.running.append(req)
         self.tree.cache_unfinished_req(req)
@@ -128,6 +142,7 @@ class Rig:
         page = row[before - 1] + 1 + torch.arange(open_page) if open_page else slots[:0]
         row[before:after] = torch.cat([page, slots])[: after - before].to(row.dtype)
         req.output_ids.extend(tokens)
+        self._compute(req, before, after)
         req.kv.kv_committed_len = req.kv.kv_allocated_len = after
         return True
 
@@ -197,9 +212,25 @@ class Rig:
                 break
         return held
 
+    def check_slots(self, tokens: Sequence[int], slots: torch.Tensor) -> None:
+        """Each slot was last computed for exactly these tokens, up to its own."""
+        expected = chain(tokens[: len(slots)])
+        wrong = [at for at, slot in enumerate(slots.tolist()) if self.kv_of[slot] != expected[at]]
+        assert not wrong, f"KV of other tokens at positions {wrong[:10]}"
+
     def check(self) -> None:
-        """Everything adds up: the tree's accounts, and every KV slot is somewhere exactly once."""
+        """Everything adds up: the tree's accounts, every KV slot is somewhere exactly once, and
+        each node holds the slots that were computed for its tokens."""
         self.tree.check_integrity()
+        paths = [(child, ()) for child in self.tree.tree_core.root_node.children.values()]
+        while paths:
+            node, above = paths.pop()
+            tokens = (*above, *node.key.token_ids)
+            held = node.component_data[ComponentType.FULL].value
+            assert len(held) == len(node.key)
+            expected = chain(tokens)[len(above) :]
+            assert [self.kv_of[slot] for slot in held.tolist()] == expected, f"node {node.id}"
+            paths += [(child, tokens) for child in node.children.values()]
         held = self.tree.evictable_size() + self.tree.protected_size()
         owned = sum(
             self._pages(req.kv.kv_allocated_len) - req.kv.cache_protected_len
@@ -207,6 +238,12 @@ class Rig:
         )
         hybrid = getattr(self.allocator, "full_available_size", self.allocator.available_size)
         assert hybrid() + held + owned == self.pool_tokens
+
+    def _compute(self, req: Req, start: int, stop: int) -> None:
+        """Note what a forward pass writes to the request's slots at these positions."""
+        tokens = [*req.origin_input_ids, *req.output_ids][:stop]
+        slots = self.rows.req_to_token[req.kv.req_pool_idx, start:stop].tolist()
+        self.kv_of.update(zip(slots, chain(tokens)[start:], strict=True))
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.page_size) * self.page_size

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import logging
+from array import array
 
 import pytest
-from prefix_rig import Rig, params
+from prefix_rig import ComponentType, RadixKey, Req, Rig, SamplingParams, chain, params
 
-from stateful_sglang.prefix.tree import CardinalPrefixTree, TreeIntegrityError, register
+from stateful_sglang.prefix.tree import (
+    SUMMARY_NODES,
+    CardinalPrefixTree,
+    TreeIntegrityError,
+    ended_well,
+    logits_broke,
+    register,
+)
 
 TRUNK = list(range(1500))
 
@@ -283,6 +291,81 @@ def test_the_summary_tells_counts_and_no_contents() -> None:
     assert set(summary["top"][0]) == {"id", "tokens", "depth", "cardinality", "pinned", "locks"}
 
 
+def test_the_summary_lists_the_nodes_with_most_sessions_first_wherever_they_are() -> None:
+    rig = Rig(pool_tokens=4000)
+    for i in range(12):
+        rig.turn(f"s{i}", [], [i // 6, 100 + i // 3, 200 + i], [9, 9])
+    counts = sorted((node.cardinality for node in rig.tree.tree_core.nodes()), reverse=True)
+    for limit in (1, 2, 5, 20, len(counts) + 5):
+        summary = rig.tree.summary(limit)
+        assert [node["cardinality"] for node in summary["top"]] == counts[:limit]
+        assert not summary["truncated"]
+    depths = {node["id"]: node["depth"] for node in summary["top"]}
+    assert all(depths[n.id] == n.depth for n in rig.tree.session_path("s5"))
+
+
+def test_the_summary_of_a_wide_tree_looks_at_a_bounded_number_of_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig(pool_tokens=8000)
+    for i in range(SUMMARY_NODES + 500):
+        rig.plain([i, 1])
+    looked = 0
+    length = RadixKey.__len__
+
+    def counted(key: RadixKey) -> int:
+        nonlocal looked
+        looked += 1
+        return length(key)
+
+    monkeypatch.setattr(RadixKey, "__len__", counted)
+    summary = rig.tree.summary(1000)
+    assert looked <= SUMMARY_NODES + 1000
+    assert len(summary["top"]) == 1000
+    assert summary["truncated"]
+    assert summary["nodes"] == SUMMARY_NODES + 500
+    assert summary["tokens"] == 2 * (SUMMARY_NODES + 500)
+
+
+def test_a_long_path_is_told_from_its_end() -> None:
+    rig = Rig(pool_tokens=4000)
+    transcript: list[int] = []
+    for i in range(20):
+        transcript = rig.turn("a", transcript, [i], [50, 51])
+    whole = rig.tree.session_path("a")
+    assert rig.tree.session_path("a", 7) == whole[-7:]
+    assert whole[0].depth == whole[0].tokens
+
+
+def test_a_match_gives_the_slots_that_were_computed_for_its_tokens() -> None:
+    rig = Rig()
+    first = rig.turn("a", [], [1, 2, 3, 4], [5, 6])
+    rig.turn("b", [], [1, 2, 9, 9], [5, 6])
+    rig.turn("a", first, [7, 8], [5])
+    req = rig.start([*first, 7, 8, 0])
+    held = req.prefix_indices
+    assert len(held) == 8
+    assert [rig.kv_of[slot] for slot in held.tolist()] == chain([*first, 7, 8])
+    rig.finish(req)
+    rig.check()
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_slots_of_other_tokens_are_noticed(page_size: int) -> None:
+    rig = Rig(page_size=page_size)
+    rig.turn("a", [], [1] * 8, [5, 6])
+    rig.turn("b", [], [2] * 8, [5, 6])
+    rig.check()
+    one, other = (rig.tree.session_path(name)[0].id for name in "ab")
+    nodes = [rig.tree.tree_core.node_by_id(each) for each in (one, other)]
+    one, other = (node.component_data[ComponentType.FULL] for node in nodes)
+    one.value, other.value = other.value, one.value
+    with pytest.raises(AssertionError, match="node"):
+        rig.check()
+    with pytest.raises(AssertionError, match="KV of other tokens"):
+        rig.start([1] * 8 + [5, 7])
+
+
 def test_two_trees_fed_the_same_operations_evict_the_same() -> None:
     rigs = [Rig(pool_tokens=600, pin_budget=0.3) for _ in range(2)]
     for step in range(300):
@@ -340,3 +423,38 @@ def test_a_budget_outside_the_pool_is_refused_before_anything_is_registered() ->
         register(1.5)
     with pytest.raises(ValueError, match="pin budget is -1"):
         CardinalPrefixTree(params(100), pin_budget=-1)
+
+
+class _Letters:
+    """A tokenizer whose every token is one letter, code point 65 onwards."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(65 + token) for token in ids)
+
+
+def _request(stops: list[str]) -> Req:
+    sampling = SamplingParams(max_new_tokens=64)
+    sampling.stop_strs, sampling.stop_regex_strs, sampling.stop_str_max_len = stops, [], 16
+    req = Req("rid", "", array("q", [1, 2]), sampling, vocab_size=100, eos_token_ids={0})
+    req.tokenizer = _Letters()
+    return req
+
+
+def test_a_stop_string_named_like_sglangs_mark_is_no_broken_logit() -> None:
+    # Strings of a request come unpickled: equal to SGLang's constant, never the same object.
+    stop = "".join(["NaN", " ", "happened"])
+    req = _request([stop])
+    req.output_ids.extend(ord(letter) - 65 for letter in "say NaN happened")
+    req.update_finish_state(new_accepted_len=1)
+    assert req.finished_reason.to_json()["matched"] == "NaN happened"
+    assert not logits_broke(req)
+    assert ended_well(req)
+
+
+def test_broken_logits_are_told_whatever_a_request_stops_at() -> None:
+    req = _request(["".join(["NaN", " ", "happened"])])
+    req.output_ids.append(100)  # beyond the vocabulary: what sampling from NaN gives
+    req.update_finish_state(new_accepted_len=1)
+    assert req.finished_reason.to_json()["matched"] == "NaN happened"
+    assert logits_broke(req)
+    assert not ended_well(req)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from stateful_sglang.session.rank import BusySessionError, RankSessions, RankTurn, StaleBaseError
+from stateful_sglang.session.transcript import Transcript
 
 tokens = st.lists(st.integers(0, 99), max_size=6)
 
@@ -43,6 +44,23 @@ def test_a_turn_on_tokens_the_rank_lost_is_refused_and_changes_nothing() -> None
     with pytest.raises(StaleBaseError, match="continues 5 committed tokens, but this rank holds 0"):
         ranks.begin_turn("s", "r1", 5, ids([1]))
     assert "s" not in ranks
+
+
+def test_a_turn_copies_its_history_without_touching_each_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ranks = RankSessions()
+    history = ids(list(range(5000)))
+    ranks.begin_turn("s", "r1", 0, history)
+    ranks.finish_turn("r1", [7])
+
+    def walked(_transcript: Transcript) -> None:
+        raise AssertionError("the transcript was walked token by token")
+
+    monkeypatch.setattr(Transcript, "__iter__", walked)
+    prompt = ranks.begin_turn("s", "r2", 5001, ids([8]))
+    assert prompt == history + ids([7, 8])
+    assert prompt.typecode == "q"
 
 
 def test_a_second_writer_is_refused_while_the_first_runs() -> None:

@@ -74,6 +74,17 @@ async def test_a_session_from_open_to_close() -> None:
         assert (await client.get(f"/v1/sessions/{session}")).status_code == 404
 
 
+async def test_a_tree_that_is_not_described_in_time_is_an_error_in_our_form() -> None:
+    engine = EngineDouble()
+    engine.silent = True
+    async with client_of(engine) as client:
+        late = await client.get("/v1/tree")
+        assert (late.status_code, late.json()["error"]["type"]) == (503, "engine_unavailable")
+        assert "Retry-After" in late.headers
+        wide = await client.get("/v1/tree", params={"limit": 1001})
+        assert (wide.status_code, wide.json()["error"]["param"]) == (422, "limit")
+
+
 async def test_a_stream_is_deltas_and_then_the_reply() -> None:
     engine = EngineDouble()
     engine.script = "line\u2028one, 北京"

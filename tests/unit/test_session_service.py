@@ -195,7 +195,10 @@ async def test_closing_aborts_the_turn_and_then_closes() -> None:
         ),
         ({"type": "abort", "message": "gone", "status_code": None}, 500, "engine_error"),
         ({"type": "abort", "message": "bad grammar", "status_code": 400}, 422, "invalid_request"),
-        ({"type": "stop", "matched": "NaN happened"}, 500, "engine_error"),
+        ({"type": "abort", "status_code": 500, "err_type": "broken"}, 500, "engine_error"),
+        ({"type": "abort", "status_code": 409, "err_type": "stale_base"}, 409, "stale_base"),
+        ({"type": "abort", "status_code": 409, "err_type": "busy"}, 409, "session_busy"),
+        ({"type": "abort", "status_code": 409}, 409, "session_conflict"),
         (RuntimeError("the scheduler died"), 500, "engine_error"),
     ],
 )
@@ -212,6 +215,15 @@ async def test_a_turn_that_ends_badly_is_reported_and_not_committed(
     assert (failed.value.status, failed.value.kind) == (status, kind)
     engine.end_with = None
     assert (await answer(service, session, say("next")))["version"] == 2
+
+
+async def test_a_stop_string_named_like_sglangs_mark_of_broken_logits_commits() -> None:
+    engine = EngineDouble()
+    service = SessionService(engine)
+    session = open_one(service)
+    engine.end_with = {"type": "stop", "matched": "NaN happened"}
+    reply = await answer(service, session, say("hello"))
+    assert (reply["version"], reply["finish_reason"]) == (1, "stop")
 
 
 async def test_a_delta_beyond_the_context_is_refused_with_what_is_left() -> None:
