@@ -17,6 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from stateful_sglang.session.bounds import INT32_MAX, SAMPLING, VERSION
 from stateful_sglang.session.messages import Head, Message, ToolCall
 from stateful_sglang.session.template import RESERVED_KWARGS
 
@@ -192,18 +193,18 @@ StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 class SamplingBody(Body):
     """How to generate. What is left out takes the server's default."""
 
-    max_tokens: int | None = Field(default=None, ge=1)
-    min_tokens: int | None = Field(default=None, ge=0)
-    temperature: float | None = Field(default=None, ge=0, le=100)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=2)
+    max_tokens: int | None = Field(default=None, ge=1, le=INT32_MAX)
+    min_tokens: int | None = Field(default=None, **SAMPLING["min_new_tokens"].field())
+    temperature: float | None = Field(default=None, **SAMPLING["temperature"].field())
+    top_p: float | None = Field(default=None, **SAMPLING["top_p"].field())
+    top_k: int | None = Field(default=None, **SAMPLING["top_k"].field())
+    min_p: float | None = Field(default=None, **SAMPLING["min_p"].field())
+    frequency_penalty: float | None = Field(default=None, **SAMPLING["frequency_penalty"].field())
+    presence_penalty: float | None = Field(default=None, **SAMPLING["presence_penalty"].field())
+    repetition_penalty: float | None = Field(default=None, **SAMPLING["repetition_penalty"].field())
     stop: StopText | list[StopText] | None = None
     stop_token_ids: list[int] | None = Field(default=None, max_length=MAX_STOPS)
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    seed: int | None = Field(default=None, **SAMPLING["sampling_seed"].field())
     ignore_eos: bool | None = None
     json_schema: JsonSchema | None = None
     response_format: ResponseFormat | None = None
@@ -245,7 +246,7 @@ class AppendBody(Body):
     sampling: SamplingBody = Field(default_factory=SamplingBody)
     tool_choice: Literal["auto", "none", "required"] = "auto"
     stream: bool = False
-    expected_version: int | None = Field(default=None, ge=0)
+    expected_version: int | None = Field(default=None, **VERSION.field())
     return_output_ids: bool = False
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ prepare()
 from stateful_sglang import cpu  # noqa: E402 - SGLang imports only after prepare()
 from stateful_sglang.prefix import tree  # noqa: E402
 from stateful_sglang.runtime import (  # noqa: E402
+    admission,
     client,
     draft_spec,
     draft_worker,
@@ -31,6 +32,7 @@ from stateful_sglang.runtime.attachments import TABLE, Attachment, fingerprint  
 ATTACHMENTS: tuple[Attachment, ...] = tuple(
     sorted(
         {
+            *admission.ATTACHMENTS,
             *client.ATTACHMENTS,
             *cpu.ATTACHMENTS,
             *draft_spec.ATTACHMENTS,

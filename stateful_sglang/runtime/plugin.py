@@ -32,6 +32,9 @@ def _attach(config: PluginConfig) -> None:
 
     attachments.require_match()
     cpu.attach(int8=config.cpu_quant == "int8")
+    from stateful_sglang.runtime import admission
+
+    admission.attach()
     if not config.stateful:
         return
     from stateful_sglang.prefix import tree

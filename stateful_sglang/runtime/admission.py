@@ -1,0 +1,250 @@
+"""SGLang's own requests, checked before any of them reaches the scheduler.
+
+Every route that generates or embeds ends in ``TokenizerManager.generate_request``: what can be
+known there is checked there, what depends on the tokens once they are known. A refusal is a
+`ValueError`, which SGLang's routes answer with 400.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+import numpy as np
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from stateful_sglang.runtime.attachments import Attachment
+from stateful_sglang.session import bounds
+
+_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_DETOKENIZE = "sglang.srt.entrypoints.openai.serving_tokenize.OpenAIServingDetokenize"
+ATTACHMENTS = (
+    Attachment(
+        f"{_MANAGER}.generate_request",
+        "hook",
+        "the one door of all that is generated or embedded: numbers are bounded there",
+    ),
+    Attachment(
+        f"{_MANAGER}._create_tokenized_object",
+        "hook",
+        "positions in a prompt are checked against its length",
+    ),
+    Attachment(
+        f"{_DETOKENIZE}._convert_to_internal_request",
+        "hook",
+        "token ids to detokenize are bounded: the only data that passes no scheduler",
+    ),
+    Attachment(
+        "sglang.srt.managers.io_struct.GenerateReqInput",
+        "subclass",
+        "the fields of a request that the table of bounds knows",
+    ),
+    Attachment(
+        "sglang.srt.sampling.sampling_params.SamplingParams",
+        "subclass",
+        "the sampling parameters that the table of bounds knows",
+    ),
+)
+
+_INTERNAL = frozenset(
+    {"stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len", "is_normalized"}
+)
+"""Fields that SGLang fills in itself: given by a client, they would skip its own checks."""
+_SAMPLING_NAMES = frozenset(SamplingParams.__struct_fields__) - _INTERNAL
+_TEXTS = ("json_schema", "regex", "ebnf", "structural_tag")
+_TEXT_LISTS = ("stop", "stop_regex")
+_SWITCHES = (
+    "ignore_eos",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "no_stop_trim",
+)
+_MAPPINGS = ("logit_bias", "custom_params")
+_ALIASES: Mapping[str, str] = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "sampling_seed": "seed",
+}
+"""Names under which SGLang's OpenAI routes take a parameter."""
+_SESSION_FIELDS: Mapping[str, type] = {
+    "id": str,
+    "rid": str,
+    "offset": int,
+    "replace": bool,
+    "drop_previous_output": bool,
+}
+_POSITIONS = ("multi_item_delimiter_indices", "token_indices_to_pool")
+_FLOAT16_MAX = 65504.0
+
+
+def attach() -> None:
+    """Register the hooks; SGLang applies them when all plugins have run."""
+    HookRegistry.register(f"{_MANAGER}.generate_request", _checked_request, HookType.AROUND)
+    HookRegistry.register(f"{_MANAGER}._create_tokenized_object", _check_positions, HookType.BEFORE)
+    HookRegistry.register(
+        f"{_DETOKENIZE}._convert_to_internal_request", _check_detokenize, HookType.BEFORE
+    )
+
+
+def check(obj: Any, *, vocab_size: int, hidden_size: int) -> None:
+    """Refuse a request to generate or embed that holds what the scheduler can't take.
+
+    Args:
+        obj: SGLang's ``GenerateReqInput`` or ``EmbeddingReqInput``, not normalised yet.
+
+    Raises:
+        ValueError: Names the field, its value and what was expected.
+    """
+    for name, bound in bounds.REQUEST.items():
+        if (value := getattr(obj, name, None)) is not None:
+            _require(bounds.problem_of(name, value, bound, vocab_size))
+    given = obj.sampling_params
+    for params in given if isinstance(given, list) else [given]:
+        if params is not None:
+            _check_sampling(params, vocab_size)
+    if isinstance(given, list) and not given:
+        raise ValueError("sampling_params: [] can't be used; expected one object a prompt, or none")
+    _check_fan_out(obj, given)
+    if (session := getattr(obj, "session_params", None)) is not None:
+        _check_session(session)
+    for name in ("positional_embed_overrides", "embed_overrides"):
+        _check_overrides(name, getattr(obj, name, None))
+    if obj.input_embeds is not None:
+        _check_embeds(obj.input_embeds, hidden_size)
+
+
+def _check_sampling(params: Any, vocab_size: int) -> None:
+    if not isinstance(params, Mapping):
+        raise ValueError(f"sampling_params: expected an object, not {type(params).__name__}")
+    if unknown := sorted(map(str, params.keys() - _SAMPLING_NAMES)):
+        raise ValueError(f"sampling_params.{unknown[0]}: no sampling parameter of that name")
+    for name, value in params.items():
+        if value is None:
+            continue
+        called = f"sampling_params.{name}"
+        if name in _ALIASES:
+            called += f" ({_ALIASES[name]})"
+        if name in _MAPPINGS and not isinstance(value, Mapping):
+            raise ValueError(f"{called}: expected an object, not {type(value).__name__}")
+        if name == "stop_token_ids":
+            _check_stop_tokens(called, value)
+        if name in bounds.SAMPLING:
+            _require(bounds.problem_of(called, value, bounds.SAMPLING[name], vocab_size))
+            if isinstance(value, list | Mapping) and name not in (*_MAPPINGS, "stop_token_ids"):
+                raise ValueError(f"{called}: expected one number, not {type(value).__name__}")
+        elif name in _TEXTS and not isinstance(value, str):
+            raise ValueError(f"{called}: expected a string, not {type(value).__name__}")
+        elif name in _TEXT_LISTS and not _is_text_list(value):
+            raise ValueError(f"{called}: expected a string or a list of strings")
+        elif name in _SWITCHES and not isinstance(value, bool):
+            raise ValueError(f"{called}: expected true or false, not {type(value).__name__}")
+
+
+def _check_stop_tokens(called: str, value: Any) -> None:
+    if not isinstance(value, list | tuple | set) or len(value) > bounds.MAX_STOP_TOKENS:
+        raise ValueError(f"{called}: expected a list of at most {bounds.MAX_STOP_TOKENS} token ids")
+
+
+def _is_text_list(value: Any) -> bool:
+    texts = value if isinstance(value, list | tuple) else [value]
+    return all(isinstance(each, str) for each in texts)
+
+
+def _check_fan_out(obj: Any, given: Any) -> None:
+    first = given[0] if isinstance(given, list) else given
+    copies = (first or {}).get("n") or 1
+    inputs = obj.text if obj.text is not None else obj.input_ids
+    batch = len(inputs) if isinstance(inputs, list) and copies > 1 else 1
+    if obj.text is None and inputs and isinstance(inputs[0], int):
+        batch = 1
+    if copies * batch > bounds.MAX_FAN_OUT:
+        raise ValueError(
+            f"sampling_params.n: {copies} answers to each of {batch} prompts; expected at most "
+            f"{bounds.MAX_FAN_OUT} in all"
+        )
+
+
+def _check_session(session: Any) -> None:
+    if not isinstance(session, Mapping):
+        raise ValueError(f"session_params: expected an object, not {type(session).__name__}")
+    for name, value in session.items():
+        kind = _SESSION_FIELDS.get(name)
+        if kind is None:
+            raise ValueError(f"session_params.{name}: no field of that name")
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"session_params.{name}: expected {kind.__name__}")
+    offset = session.get("offset")
+    _require(bounds.problem_of("session_params.offset", offset, bounds.SESSION_OFFSET, 0))
+
+
+def _check_overrides(name: str, value: Any) -> None:
+    # Python callers of the engine give tensors here; what JSON can give would crash later.
+    if _is_json(value):
+        raise ValueError(f"{name}: not available over HTTP")
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_is_json, value))
+    return isinstance(value, dict | str | int | float)
+
+
+def _check_embeds(embeds: Any, hidden_size: int) -> None:
+    try:
+        batches = [embeds] if np.ndim(embeds[0]) == 1 else embeds
+        arrays = [np.asarray(each, dtype=np.float64) for each in batches]
+    except (ValueError, TypeError, IndexError, OverflowError) as error:
+        raise ValueError(
+            f"input_embeds: expected rows of {hidden_size} numbers: {error}"
+        ) from error
+    for at, array in enumerate(arrays):
+        if array.ndim != 2 or array.shape[1] != hidden_size or not len(array):
+            raise ValueError(
+                f"input_embeds: prompt {at} has the shape {array.shape}; expected rows of "
+                f"{hidden_size} numbers"
+            )
+        if not np.abs(array).max() <= _FLOAT16_MAX:
+            raise ValueError(f"input_embeds: expected numbers of at most {_FLOAT16_MAX}")
+
+
+def _require(problem: str | None) -> None:
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def _checked_request(
+    generate_request: Callable[..., AsyncIterator[Any]],
+    manager: Any,
+    obj: Any,
+    request: Any = None,
+) -> AsyncIterator[Any]:
+    """SGLang's generator itself where the request is good, so that a chunk costs nothing more."""
+    config = manager.model_config
+    try:
+        check(obj, vocab_size=config.vocab_size, hidden_size=config.hidden_size)
+    except ValueError as error:
+        return _refuse(error)
+    return generate_request(manager, obj, request)
+
+
+async def _refuse(error: ValueError) -> AsyncIterator[Any]:
+    raise error
+    yield  # a generator, as its caller expects
+
+
+def _check_positions(
+    _manager: Any, obj: Any, _input_text: Any, input_ids: Any, *_args: Any, **_kwargs: Any
+) -> None:
+    last = len(input_ids or ()) - 1
+    for name in _POSITIONS:
+        if value := getattr(obj, name, None):
+            _require(bounds.problem_of(name, value, bounds.Bound(0, last), 0))
+    start = getattr(obj, "routed_experts_start_len", 0)
+    _require(bounds.problem_of("routed_experts_start_len", start, bounds.Bound(0, last + 1), 0))
+
+
+def _check_detokenize(_serving: Any, request: Any, _raw_request: Any = None) -> None:
+    vocab_size = _serving.tokenizer_manager.model_config.vocab_size
+    bound = bounds.REQUEST["input_ids"]
+    _require(bounds.problem_of("tokens", request.tokens, bound, vocab_size))
