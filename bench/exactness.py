@@ -24,6 +24,8 @@ from rich.progress import track
 from bench.server import serve
 
 MAX_TOKENS = 24
+TIE = 1e-4
+"""Logits closer than this are a tie."""
 _WORDS = (
     '{"name": "search", "arguments": {"pattern": "def ", "path": "src/tree.py"}}',
     '{"name": "read", "arguments": {"path": "src/tree.py", "first": 1, "last": 40}}',
@@ -163,7 +165,7 @@ def main() -> int:
     )
     parser.add_argument("--sessions", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--tie", type=float, default=1e-4, help="logits closer than this are a tie")
+    parser.add_argument("--tie", type=float, default=TIE, help="logits closer than this are a tie")
     parser.add_argument("--json", type=Path)
     parser.add_argument("server", nargs="*", help="after --: more arguments of the server")
     args = parser.parse_args()

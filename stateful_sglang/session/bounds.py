@@ -110,7 +110,7 @@ def _problem(name: str, value: Any, bound: Bound) -> str | None:
     inner: Iterable[tuple[str, Any]]
     if isinstance(value, Mapping):
         inner = [(f"{name}.{key}", each) for key, each in value.items() if not _is_word(each)]
-    elif isinstance(value, list | tuple | set):
+    elif isinstance(value, list | tuple | set | array):
         if _all_hold(value, bound):
             return None
         inner = [(f"{name}[{at}]", each) for at, each in enumerate(value)]

@@ -20,8 +20,13 @@ BEHIND_A_PROXY = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY"
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
+def server_arguments() -> list[str]:
+    """What the server under test is started with."""
+    return shlex.split(os.environ.get(ARGUMENTS_ENV, DEFAULT_ARGUMENTS))
+
+
+@pytest.fixture(scope="session")
+def server(server_arguments: list[str]) -> Iterator[Server]:
     """A server of the default model on a free port, ended by its own process id."""
-    arguments = shlex.split(os.environ.get(ARGUMENTS_ENV, DEFAULT_ARGUMENTS))
-    with serve(*arguments, env=BEHIND_A_PROXY) as running:
+    with serve(*server_arguments, env=BEHIND_A_PROXY) as running:
         yield running

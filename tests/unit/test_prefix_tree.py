@@ -342,10 +342,13 @@ def test_a_match_gives_the_slots_that_were_computed_for_its_tokens() -> None:
     first = rig.turn("a", [], [1, 2, 3, 4], [5, 6])
     rig.turn("b", [], [1, 2, 9, 9], [5, 6])
     rig.turn("a", first, [7, 8], [5])
-    req = rig.start([*first, 7, 8, 0])
-    held = req.prefix_indices
-    assert len(held) == 8
-    assert [rig.kv_of[slot] for slot in held.tolist()] == chain([*first, 7, 8])
+    prompt = [*first, 7, 8, 0]
+    computed = dict(rig.kv_of)
+    req = rig.start(prompt)
+    slots = rig.rows.req_to_token[req.kv.req_pool_idx, : len(prompt)].tolist()
+    assert [computed.get(slot) for slot in slots[:-1]] == chain(prompt)[:-1], "the session's own KV"
+    assert slots[-1] not in computed
+    assert rig.kv_of[slots[-1]] == chain(prompt)[-1]
     rig.finish(req)
     rig.check()
 
