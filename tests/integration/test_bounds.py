@@ -39,6 +39,8 @@ EXTREMES = (
     math.inf,
     math.nan,
 )
+MAX_DEPTH = 5
+"""Steps from a body to a number: deeper down the formats of `response_format` repeat themselves."""
 SHORT = {"max_new_tokens": 2, "stop": list("aeiou ")}
 """Two tokens, and where the limit itself is tried, an end at the first vowel."""
 CHAT = [{"role": "user", "content": "Say hello."}]
@@ -75,6 +77,7 @@ DATA: dict[str, dict[str, Any]] = {
     "/api/generate": {"model": "default", "prompt": "Hi", "stream": False, "options": {}},
     "/vertex_generate": {"instances": [{"text": "Hi"}], "parameters": {"sampling_params": SHORT}},
     "/v1/audio/transcriptions": {},
+    "/open_session": {"capacity_of_str_len": 1000},
     "/v1/sessions": {},
     "/v1/sessions/{session_id}": {},
     "/v1/sessions/{session_id}/append": {
@@ -114,12 +117,12 @@ LEFT_OUT: dict[str, str] = {
     "/hicache/storage-backend/clear": _CONTROL,
     "/init_weights_send_group_for_remote_instance": _CONTROL,
     "/init_weights_update_group": _CONTROL,
+    "/is_scaling_elastic_ep": _READS,
     "/list_external_corpora": _READS,
     "/load_lora_adapter": _CONTROL,
     "/load_lora_adapter_from_tensors": _CONTROL,
     "/metrics": _READS,
     "/model_info": _READS,
-    "/open_session": "SGLang's own sessions: what it opens lives until its operator closes it",
     "/parse_function_call": _READS,
     "/pause_generation": _CONTROL,
     "/pd_role_switch": _CONTROL,
@@ -129,6 +132,7 @@ LEFT_OUT: dict[str, str] = {
     "/remote_instance_transfer_engine_info": _CONTROL,
     "/remove_external_corpus": _CONTROL,
     "/resume_memory_occupation": _CONTROL,
+    "/scale_elastic_ep": _CONTROL,
     "/send_weights_to_remote_instance": _CONTROL,
     "/separate_reasoning": _READS,
     "/server_info": _READS,
@@ -207,7 +211,7 @@ def _sampling_paths() -> Iterator[Path]:
 def _numbers(
     schema: Any, document: dict[str, Any], path: Path, seen: tuple[str, ...] = ()
 ) -> Iterator[Path]:
-    if not isinstance(schema, dict) or len(path) > 8:
+    if not isinstance(schema, dict) or len(path) > MAX_DEPTH:
         return
     if (reference := schema.get("$ref")) is not None:
         if reference not in seen:

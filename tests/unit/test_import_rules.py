@@ -8,7 +8,9 @@ import sys
 import pytest
 
 PURE = (
+    "stateful_sglang.session.bounds",
     "stateful_sglang.session.engine",
+    "stateful_sglang.session.ids",
     "stateful_sglang.session.rank",
     "stateful_sglang.session.render",
     "stateful_sglang.session.store",

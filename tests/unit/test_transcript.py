@@ -31,6 +31,8 @@ class TranscriptAgainstList(RuleBasedStateMachine):
     @rule(start=st.integers(-30, 30), stop=st.none() | st.integers(-30, 30))
     def slice(self, start: int, stop: int | None) -> None:
         assert self.transcript.slice(start, stop).tolist() == self.reference[start:stop]
+        widened = self.transcript.widened(start, stop)
+        assert (widened.typecode, widened.tolist()) == ("q", self.reference[start:stop])
 
     @rule(beyond=st.integers(1, 5))
     def truncating_beyond_the_end_changes_nothing(self, beyond: int) -> None:
