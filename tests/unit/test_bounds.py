@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from array import array
 from typing import Any
 
@@ -203,3 +205,26 @@ def test_our_own_routes_keep_the_same_bounds(name: str, value: Any) -> None:
 def test_a_temperature_that_float32_rounds_to_zero_is_taken_as_zero() -> None:
     assert AppendBody.model_validate({"text": "x", "sampling": {"temperature": 1e-300}})
     assert SamplingParams(temperature=1e-300).top_k == 1
+
+
+_ATTACHED = """
+from stateful_sglang.cpu.platform import prepare
+prepare()
+from sglang.srt.entrypoints.openai.serving_tokenize import OpenAIServingDetokenize
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.plugins.hook_registry import HookRegistry
+from stateful_sglang.runtime import admission
+from stateful_sglang.runtime.client import StatefulTokenizerManager
+
+admission.attach()
+HookRegistry.apply_hooks()
+for kind in (TokenizerManager, StatefulTokenizerManager):
+    assert kind.generate_request.__wrapped__.__module__ == TokenizerManager.__module__
+assert TokenizerManager._create_tokenized_object.__wrapped__
+assert OpenAIServingDetokenize._convert_to_internal_request.__wrapped__
+"""
+
+
+def test_the_check_stands_before_sglangs_manager_and_ours() -> None:
+    ran = subprocess.run([sys.executable, "-c", _ATTACHED], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
