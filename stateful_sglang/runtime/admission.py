@@ -1,8 +1,8 @@
 """SGLang's own requests, checked before any of them reaches the scheduler.
 
 Every route that generates or embeds ends in ``TokenizerManager.generate_request``: what can be
-known there is checked there, what depends on the tokens once they are known. A refusal is a
-`ValueError`, which SGLang's routes answer with 400.
+known there is checked there, what depends on the tokens once they are known. SGLang's routes
+answer a refusal with 400.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import numpy as np
+from fastapi import HTTPException
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -78,6 +79,21 @@ _POSITIONS = ("multi_item_delimiter_indices", "token_indices_to_pool")
 _FLOAT16_MAX = 65504.0
 
 
+class RefusedError(ValueError, HTTPException):
+    """A request holds what the scheduler can't take: 400, naming the field.
+
+    Two things in one, because SGLang's routes catch `ValueError` or nothing, and FastAPI answers
+    an `HTTPException` that nobody caught.
+    """
+
+    def __init__(self, message: str) -> None:
+        HTTPException.__init__(self, 400, message)
+        self.args = (message,)
+
+    def __str__(self) -> str:
+        return str(self.detail)
+
+
 def attach() -> None:
     """Register the hooks; SGLang applies them when all plugins have run."""
     HookRegistry.register(f"{_MANAGER}.generate_request", _checked_request, HookType.AROUND)
@@ -94,7 +110,7 @@ def check(obj: Any, *, vocab_size: int, hidden_size: int) -> None:
         obj: SGLang's ``GenerateReqInput`` or ``EmbeddingReqInput``, not normalised yet.
 
     Raises:
-        ValueError: Names the field, its value and what was expected.
+        RefusedError: Names the field, its value and what was expected.
     """
     for name, bound in bounds.REQUEST.items():
         if (value := getattr(obj, name, None)) is not None:
@@ -104,7 +120,9 @@ def check(obj: Any, *, vocab_size: int, hidden_size: int) -> None:
         if params is not None:
             _check_sampling(params, vocab_size)
     if isinstance(given, list) and not given:
-        raise ValueError("sampling_params: [] can't be used; expected one object a prompt, or none")
+        raise RefusedError(
+            "sampling_params: [] can't be used; expected one object a prompt, or none"
+        )
     _check_fan_out(obj, given)
     if (session := getattr(obj, "session_params", None)) is not None:
         _check_session(session)
@@ -116,9 +134,9 @@ def check(obj: Any, *, vocab_size: int, hidden_size: int) -> None:
 
 def _check_sampling(params: Any, vocab_size: int) -> None:
     if not isinstance(params, Mapping):
-        raise ValueError(f"sampling_params: expected an object, not {type(params).__name__}")
+        raise RefusedError(f"sampling_params: expected an object, not {type(params).__name__}")
     if unknown := sorted(map(str, params.keys() - _SAMPLING_NAMES)):
-        raise ValueError(f"sampling_params.{unknown[0]}: no sampling parameter of that name")
+        raise RefusedError(f"sampling_params.{unknown[0]}: no sampling parameter of that name")
     for name, value in params.items():
         if value is None:
             continue
@@ -126,24 +144,26 @@ def _check_sampling(params: Any, vocab_size: int) -> None:
         if name in _ALIASES:
             called += f" ({_ALIASES[name]})"
         if name in _MAPPINGS and not isinstance(value, Mapping):
-            raise ValueError(f"{called}: expected an object, not {type(value).__name__}")
+            raise RefusedError(f"{called}: expected an object, not {type(value).__name__}")
         if name == "stop_token_ids":
             _check_stop_tokens(called, value)
         if name in bounds.SAMPLING:
             _require(bounds.problem_of(called, value, bounds.SAMPLING[name], vocab_size))
             if isinstance(value, list | Mapping) and name not in (*_MAPPINGS, "stop_token_ids"):
-                raise ValueError(f"{called}: expected one number, not {type(value).__name__}")
+                raise RefusedError(f"{called}: expected one number, not {type(value).__name__}")
         elif name in _TEXTS and not isinstance(value, str):
-            raise ValueError(f"{called}: expected a string, not {type(value).__name__}")
+            raise RefusedError(f"{called}: expected a string, not {type(value).__name__}")
         elif name in _TEXT_LISTS and not _is_text_list(value):
-            raise ValueError(f"{called}: expected a string or a list of strings")
+            raise RefusedError(f"{called}: expected a string or a list of strings")
         elif name in _SWITCHES and not isinstance(value, bool):
-            raise ValueError(f"{called}: expected true or false, not {type(value).__name__}")
+            raise RefusedError(f"{called}: expected true or false, not {type(value).__name__}")
 
 
 def _check_stop_tokens(called: str, value: Any) -> None:
     if not isinstance(value, list | tuple | set) or len(value) > bounds.MAX_STOP_TOKENS:
-        raise ValueError(f"{called}: expected a list of at most {bounds.MAX_STOP_TOKENS} token ids")
+        raise RefusedError(
+            f"{called}: expected a list of at most {bounds.MAX_STOP_TOKENS} token ids"
+        )
 
 
 def _is_text_list(value: Any) -> bool:
@@ -159,7 +179,7 @@ def _check_fan_out(obj: Any, given: Any) -> None:
     if obj.text is None and inputs and isinstance(inputs[0], int):
         batch = 1
     if copies * batch > bounds.MAX_FAN_OUT:
-        raise ValueError(
+        raise RefusedError(
             f"sampling_params.n: {copies} answers to each of {batch} prompts; expected at most "
             f"{bounds.MAX_FAN_OUT} in all"
         )
@@ -167,13 +187,13 @@ def _check_fan_out(obj: Any, given: Any) -> None:
 
 def _check_session(session: Any) -> None:
     if not isinstance(session, Mapping):
-        raise ValueError(f"session_params: expected an object, not {type(session).__name__}")
+        raise RefusedError(f"session_params: expected an object, not {type(session).__name__}")
     for name, value in session.items():
         kind = _SESSION_FIELDS.get(name)
         if kind is None:
-            raise ValueError(f"session_params.{name}: no field of that name")
+            raise RefusedError(f"session_params.{name}: no field of that name")
         if value is not None and not isinstance(value, kind):
-            raise ValueError(f"session_params.{name}: expected {kind.__name__}")
+            raise RefusedError(f"session_params.{name}: expected {kind.__name__}")
     offset = session.get("offset")
     _require(bounds.problem_of("session_params.offset", offset, bounds.SESSION_OFFSET, 0))
 
@@ -181,7 +201,7 @@ def _check_session(session: Any) -> None:
 def _check_overrides(name: str, value: Any) -> None:
     # Python callers of the engine give tensors here; what JSON can give would crash later.
     if _is_json(value):
-        raise ValueError(f"{name}: not available over HTTP")
+        raise RefusedError(f"{name}: not available over HTTP")
 
 
 def _is_json(value: Any) -> bool:
@@ -195,22 +215,22 @@ def _check_embeds(embeds: Any, hidden_size: int) -> None:
         batches = [embeds] if np.ndim(embeds[0]) == 1 else embeds
         arrays = [np.asarray(each, dtype=np.float64) for each in batches]
     except (ValueError, TypeError, IndexError, OverflowError) as error:
-        raise ValueError(
+        raise RefusedError(
             f"input_embeds: expected rows of {hidden_size} numbers: {error}"
         ) from error
     for at, array in enumerate(arrays):
         if array.ndim != 2 or array.shape[1] != hidden_size or not len(array):
-            raise ValueError(
+            raise RefusedError(
                 f"input_embeds: prompt {at} has the shape {array.shape}; expected rows of "
                 f"{hidden_size} numbers"
             )
         if not np.abs(array).max() <= _FLOAT16_MAX:
-            raise ValueError(f"input_embeds: expected numbers of at most {_FLOAT16_MAX}")
+            raise RefusedError(f"input_embeds: expected numbers of at most {_FLOAT16_MAX}")
 
 
 def _require(problem: str | None) -> None:
     if problem is not None:
-        raise ValueError(problem)
+        raise RefusedError(problem)
 
 
 def _checked_request(
@@ -223,12 +243,12 @@ def _checked_request(
     config = manager.model_config
     try:
         check(obj, vocab_size=config.vocab_size, hidden_size=config.hidden_size)
-    except ValueError as error:
+    except RefusedError as error:
         return _refuse(error)
     return generate_request(manager, obj, request)
 
 
-async def _refuse(error: ValueError) -> AsyncIterator[Any]:
+async def _refuse(error: RefusedError) -> AsyncIterator[Any]:
     raise error
     yield  # a generator, as its caller expects
 
