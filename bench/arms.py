@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from stateful_sglang.api.sampling import tool_call_schema
+from stateful_sglang.grammar.calls import tool_call_schema
 from stateful_sglang.session.messages import Message, plain_form, tool_prompt
 
 MAX_TOKENS = 96

@@ -48,7 +48,7 @@ def build_router(engine: TurnEngine, limits: Limits | None = None) -> APIRouter:
     async def open_session(request: Request) -> JSONResponse:
         """Open a session: system prompt, tools and messages, nothing computed yet."""
         body = await _body(request, OpenBody, service.max_body_bytes)
-        return JSONResponse(service.open(body), 201)
+        return JSONResponse(await service.open(body), 201)
 
     @router.get("/sessions")
     async def list_sessions(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> JSONResponse:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from stateful_sglang.api.schemas import AppendBody, SamplingBody
+from stateful_sglang.api.schemas import AppendBody
+from stateful_sglang.grammar.prepare import Kind
 from stateful_sglang.session.errors import InvalidInputError
 
 DEFAULT_MAX_TOKENS = 1024
@@ -23,22 +24,35 @@ _SAME_NAME = (
     "stop",
     "stop_token_ids",
     "ignore_eos",
-    "regex",
-    "ebnf",
 )
 
 
+class Constraint(NamedTuple):
+    """What the answer must be like, as the client said it."""
+
+    kind: Kind
+    text: str
+    """A schema or a tool list as JSON, a regular expression, or an EBNF grammar."""
+    field: str
+    """Of the request, for errors."""
+
+    @property
+    def engine_kind(self) -> str:
+        """The sampling parameter that carries it."""
+        return "json_schema" if self.kind == "tool_call" else self.kind
+
+
 def sampling_params(
-    body: AppendBody, *, tools: Sequence[Mapping[str, Any]], max_tokens: int, vocab_size: int
+    body: AppendBody, *, constraint: Mapping[str, str], max_tokens: int, vocab_size: int
 ) -> dict[str, Any]:
     """SGLang's parameters; what the request leaves out is left to SGLang's defaults.
 
     Args:
-        tools: The session's tool definitions, in OpenAI's form.
+        constraint: The prepared constraint as SGLang's parameter, if there is one.
         max_tokens: What fits, at most what was asked for.
 
     Raises:
-        InvalidInputError: A token id beyond the vocabulary, or a required call without tools.
+        InvalidInputError: A token id beyond the vocabulary.
     """
     asked = body.sampling
     if asked.stop_token_ids:
@@ -49,13 +63,7 @@ def sampling_params(
         params["min_new_tokens"] = min(asked.min_tokens, max_tokens)
     if asked.seed is not None:
         params["sampling_seed"] = asked.seed
-    schema = _output_schema(asked)
-    if body.tool_choice == "required":
-        if not tools:
-            raise InvalidInputError("tool_choice", "'required', but the session has no tools")
-        schema = tool_call_schema(tools)
-    if schema is not None:
-        params["json_schema"] = json.dumps(schema)
+    params.update(constraint)
     return params
 
 
@@ -69,60 +77,25 @@ def check_token_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
     )
 
 
-def _output_schema(asked: SamplingBody) -> dict[str, Any] | None:
+def constraint_of(body: AppendBody, tools: Sequence[Mapping[str, Any]]) -> Constraint | None:
+    """What constrains the answer, if anything does.
+
+    Raises:
+        InvalidInputError: A required call without tools.
+    """
+    if body.tool_choice == "required":
+        if not tools:
+            raise InvalidInputError("tool_choice", "'required', but the session has no tools")
+        return Constraint("tool_call", json.dumps(tools), "tool_choice")
+    asked = body.sampling
+    if asked.regex is not None:
+        return Constraint("regex", asked.regex, "sampling.regex")
+    if asked.ebnf is not None:
+        return Constraint("ebnf", asked.ebnf, "sampling.ebnf")
     if asked.json_schema is not None:
-        return asked.json_schema
+        return Constraint("json_schema", json.dumps(asked.json_schema), "sampling.json_schema")
     if asked.response_format is None or asked.response_format.type == "text":
         return None
-    if asked.response_format.json_schema is None:
-        return {"type": "object"}
-    return asked.response_format.json_schema.schema_
-
-
-def tool_call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Schema of one call: ``{"name": <a tool>, "arguments": <by its parameters>}``.
-
-    Definitions that parameters refer to are lifted to the top, under names of their own tool.
-    """
-    lifted: dict[str, Any] = {}
-    calls = []
-    for tool in tools:
-        name = tool["function"]["name"]
-        arguments = tool["function"].get("parameters") or {"type": "object"}
-        calls.append(
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": name},
-                    "arguments": _lift_definitions(arguments, name, lifted),
-                },
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-        )
-    schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    return {**schema, "$defs": lifted} if lifted else schema
-
-
-def _lift_definitions(parameters: dict[str, Any], tool: str, lifted: dict[str, Any]) -> Any:
-    for key in ("$defs", "definitions"):
-        for name, definition in parameters.get(key, {}).items():
-            lifted[f"{tool}.{name}"] = _with_refs(definition, tool)
-    return _with_refs(
-        {key: value for key, value in parameters.items() if key not in ("$defs", "definitions")},
-        tool,
-    )
-
-
-def _with_refs(schema: Any, tool: str) -> Any:
-    if isinstance(schema, list):
-        return [_with_refs(each, tool) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    out = {key: _with_refs(value, tool) for key, value in schema.items()}
-    reference = schema.get("$ref")
-    if isinstance(reference, str):
-        for prefix in ("#/$defs/", "#/definitions/"):
-            if reference.startswith(prefix):
-                out["$ref"] = f"#/$defs/{tool}.{reference.removeprefix(prefix)}"
-    return out
+    wanted = asked.response_format.json_schema
+    schema = {"type": "object"} if wanted is None else wanted.schema_
+    return Constraint("json_schema", json.dumps(schema), "sampling.response_format")

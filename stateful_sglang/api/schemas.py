@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from jsonschema import Draft202012Validator, SchemaError
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -36,16 +34,6 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def _checked_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    try:
-        Draft202012Validator.check_schema(schema)
-    except SchemaError as error:
-        raise refusal(f"not a JSON schema: {error.message}") from error
-    except RecursionError as error:
-        raise refusal("the JSON schema is nested too deep") from error
-    return schema
-
-
 def _parsed_schema(value: Any) -> Any:
     """A schema may come as an object, or as its text."""
     if not isinstance(value, str):
@@ -56,9 +44,8 @@ def _parsed_schema(value: Any) -> Any:
         raise refusal(f"not JSON: {error}") from error
 
 
-JsonSchema = Annotated[
-    dict[str, Any], BeforeValidator(_parsed_schema), AfterValidator(_checked_schema)
-]
+JsonSchema = Annotated[dict[str, Any], BeforeValidator(_parsed_schema)]
+"""Only parsed here: whether it is a schema takes long to find out, and is asked off the loop."""
 
 
 def _joined_text(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import time
 from array import array
@@ -12,9 +13,18 @@ from typing import Any
 
 from stateful_sglang.api import tool_calls
 from stateful_sglang.api.errors import EngineError, EngineUnavailableError
-from stateful_sglang.api.sampling import DEFAULT_MAX_TOKENS, check_token_ids, sampling_params
+from stateful_sglang.api.sampling import (
+    DEFAULT_MAX_TOKENS,
+    Constraint,
+    check_token_ids,
+    constraint_of,
+    sampling_params,
+)
 from stateful_sglang.api.schemas import AppendBody, OpenBody
 from stateful_sglang.api.turns import Reply, RunningTurn
+from stateful_sglang.grammar.constraints import Constraints
+from stateful_sglang.grammar.errors import ConstraintError
+from stateful_sglang.grammar.worker import WorkerBusyError
 from stateful_sglang.session.conversation import absorb_system
 from stateful_sglang.session.engine import TurnEngine, TurnProgress, TurnRequest
 from stateful_sglang.session.errors import (
@@ -45,12 +55,15 @@ class SessionService:
         self._engine = engine
         self._store = SessionStore(limits.max_sessions)
         self._renderer = DeltaRenderer(engine.tokenizer, engine.eos_ids)
+        self._constraints = Constraints(engine.check_constraint)
         self._turns: dict[str, RunningTurn] = {}
         self.max_body_bytes = limits.max_body_bytes or max(1 << 20, 32 * engine.context_length)
 
-    def open(self, body: OpenBody) -> dict[str, Any]:
+    async def open(self, body: OpenBody) -> dict[str, Any]:
         """Open a session; nothing is computed."""
         head = body.to_head()
+        if any(tool["function"].get("parameters") for tool in head.tools):
+            await self._prepared(Constraint("tools", json.dumps(head.tools), "tools"))
         if head != type(head)():
             self._renderer.check_head(head)
         messages = [message.to_message() for message in body.messages]
@@ -96,13 +109,19 @@ class SessionService:
             await turn.wait()
         session = self._store.get(session_id)
         self._store.check_writable(session, body.expected_version)
+        constraint = constraint_of(body, session.conversation.head.tools)
+        prepared = {}
+        if constraint is not None:
+            prepared[constraint.engine_kind] = await self._prepared(constraint)
+            session = self._store.get(session_id)
+            self._store.check_writable(session, body.expected_version)
         plan = self._plan(session, body)
         asked = body.sampling.max_tokens
         room = self._engine.context_length - plan.base_len - len(plan.delta)
         max_tokens = min(asked or DEFAULT_MAX_TOKENS, room)
         params = sampling_params(
             body,
-            tools=plan.head.tools,
+            constraint=prepared,
             max_tokens=max_tokens,
             vocab_size=self._engine.vocab_size,
         )
@@ -120,9 +139,25 @@ class SessionService:
         request = TurnRequest(
             session.id, secrets.token_hex(16), base_len, delta, params, body.stream
         )
-        turn = RunningTurn(self._engine, request, commit=commit, release=release)
+        turn = RunningTurn(
+            self._engine,
+            request,
+            commit=commit,
+            release=release,
+            constraint=constraint.field if constraint is not None else None,
+        )
         self._turns[session.id] = turn
         return turn
+
+    async def _prepared(self, constraint: Constraint) -> str:
+        try:
+            return await self._constraints.prepared(constraint.kind, constraint.text)
+        except ConstraintError as error:
+            tool = error.tool
+            field = constraint.field if tool is None else f"tools[{tool}].function.parameters"
+            raise InvalidInputError(field, str(error)) from error
+        except WorkerBusyError as error:
+            raise EngineError(str(error), 503) from error
 
     async def _close(self, session: Session) -> None:
         turn = self._turns.get(session.id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
@@ -11,7 +12,7 @@ from typing import Any, cast
 
 from stateful_sglang.api.errors import EngineError
 from stateful_sglang.session.engine import TurnEngine, TurnProgress, TurnRequest
-from stateful_sglang.session.errors import SessionError, TurnAbortedError
+from stateful_sglang.session.errors import InvalidInputError, SessionError, TurnAbortedError
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,10 @@ Reply = dict[str, Any]
 _STATUS_OF_ABORT = {400: 422, 409: 409, 503: 503}
 _KIND_OF_ABORT = {"busy": "session_busy", "stale_base": "stale_base"}
 """Kinds that a rank gives its refusals, as they are called in an error body."""
+_REFUSED_CONSTRAINT = re.compile(
+    r"Failed to compile \w+ grammar|Grammar preprocessing timed out|Grammar-based"
+)
+"""How SGLang says that it is the constraint that it can't serve, with one status for all."""
 
 
 class RunningTurn:
@@ -35,10 +40,13 @@ class RunningTurn:
         *,
         commit: Callable[[TurnProgress, float], Reply],
         release: Callable[[], None],
+        constraint: str | None = None,
     ) -> None:
+        """`constraint` names the field of the request that constrains the answer, if one does."""
         self._engine = engine
         self._request = request
         self._commit = commit
+        self._constraint = constraint
         self._reply: Reply | None = None
         self._error: SessionError = TurnAbortedError()
         self._text = ""
@@ -119,7 +127,9 @@ class RunningTurn:
             self._error = EngineError(f"{type(error).__name__}: {error}", 500)
             return
         try:
-            self._reply = self._commit(_checked(last), self._first_token_at or time.perf_counter())
+            self._reply = self._commit(
+                _checked(last, self._constraint), self._first_token_at or time.perf_counter()
+            )
         except SessionError as error:
             self._error = error
         except Exception as error:
@@ -133,13 +143,15 @@ class RunningTurn:
         self._changed.set()
 
 
-def _checked(progress: TurnProgress | None) -> TurnProgress:
+def _checked(progress: TurnProgress | None, constraint: str | None) -> TurnProgress:
     """The last progress, or why it is no end to commit."""
     finish = progress.finish if progress is not None else None
     if progress is None or finish is None:
         raise EngineError("it ended without a finish reason", 500)
     if finish.get("type") == "abort":
+        message = str(finish.get("message") or "aborted")
+        if constraint is not None and _REFUSED_CONSTRAINT.match(message):
+            raise InvalidInputError(constraint, f"the model server refuses it: {message}")
         status = _STATUS_OF_ABORT.get(int(finish.get("status_code") or 0), 500)
-        kind = _KIND_OF_ABORT.get(str(finish.get("err_type")))
-        raise EngineError(str(finish.get("message") or "aborted"), status, kind)
+        raise EngineError(message, status, _KIND_OF_ABORT.get(str(finish.get("err_type"))))
     return progress

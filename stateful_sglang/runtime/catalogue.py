@@ -24,6 +24,7 @@ from stateful_sglang.runtime import (  # noqa: E402
     client,
     draft_spec,
     draft_worker,
+    min_tokens,
     requests,
     scheduler,
 )
@@ -37,6 +38,7 @@ ATTACHMENTS: tuple[Attachment, ...] = tuple(
             *cpu.ATTACHMENTS,
             *draft_spec.ATTACHMENTS,
             *draft_worker.ATTACHMENTS,
+            *min_tokens.ATTACHMENTS,
             *requests.ATTACHMENTS,
             *scheduler.ATTACHMENTS,
             *tree.ATTACHMENTS,

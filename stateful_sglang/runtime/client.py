@@ -16,6 +16,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReq
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.utils import TypeBasedDispatcher
 
+from stateful_sglang.grammar.worker import Worker
 from stateful_sglang.runtime.attachments import Attachment
 from stateful_sglang.runtime.requests import (
     SessionAppendReq,
@@ -146,6 +147,9 @@ class SGLangEngine:
         self.vocab_size: int = manager.model_config.vocab_size
         self.eos_ids = _end_tokens(manager)
         self.tool_call_parser: str | None = manager.config_value("tool_call_parser")
+        self._compiler: Worker | None = None
+        if manager.config_value("grammar_backend") == "xgrammar":
+            self._compiler = Worker("stateful_sglang.runtime.grammar_check:check")
 
     @property
     def context_length(self) -> int:
@@ -176,6 +180,11 @@ class SGLangEngine:
                     return
         finally:
             await asyncio.shield(self._settle(turn.rid, task))
+
+    async def check_constraint(self, kind: str, text: str) -> None:
+        """Ask the grammar compiler, in a process apart; see :class:`TurnEngine`."""
+        if self._compiler is not None:
+            await self._compiler.run(kind, text)
 
     async def close_session(self, session_id: str) -> None:
         """Drop the session on every rank."""

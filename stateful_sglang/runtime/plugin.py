@@ -38,9 +38,10 @@ def _attach(config: PluginConfig) -> None:
     if not config.stateful:
         return
     from stateful_sglang.prefix import tree
-    from stateful_sglang.runtime import draft_spec, scheduler
+    from stateful_sglang.runtime import draft_spec, min_tokens, scheduler
 
     tree.register(config.pin_budget)
     if config.draft != "off":
         draft_spec.register()
     scheduler.attach()
+    min_tokens.attach()

@@ -63,6 +63,18 @@ class TurnEngine(Protocol):
         """Run a turn. Closing the iterator early aborts it."""
         ...
 
+    async def check_constraint(self, kind: str, text: str) -> None:
+        """Prove that a turn may be constrained so, before it starts.
+
+        Args:
+            kind: The sampling parameter: ``json_schema``, ``regex`` or ``ebnf``.
+            text: Its value.
+
+        Raises:
+            ConstraintError: The model server can't follow it; says why.
+        """
+        ...
+
     async def close_session(self, session_id: str) -> None:
         """Drop the session's tokens, pin and index on every rank."""
         ...

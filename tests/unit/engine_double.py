@@ -16,6 +16,7 @@ from typing import Any
 
 import jinja2
 
+from stateful_sglang.grammar.errors import ConstraintError
 from stateful_sglang.session.engine import TurnProgress, TurnRequest
 from stateful_sglang.session.rank import RankSessions
 
@@ -85,6 +86,9 @@ class EngineDouble:
         self.pause_after: int | None = None
         """Tokens after which a turn waits for `go`."""
         self.paused, self.go = asyncio.Event(), asyncio.Event()
+        self.constraints: list[tuple[str, str]] = []
+        self.refuse_constraints: str | None = None
+        """What a compiler says of every constraint; None where it takes them."""
         self.linger: asyncio.Event | None = None
         """Awaited after the last token was given, before the turn is over."""
         self.silent = False
@@ -120,6 +124,11 @@ class EngineDouble:
                 await asyncio.sleep(0)
                 self.rank.finish_turn(turn.rid, None)
                 self.aborted.append(turn.rid)
+
+    async def check_constraint(self, kind: str, text: str) -> None:
+        self.constraints.append((kind, text))
+        if self.refuse_constraints is not None:
+            raise ConstraintError(self.refuse_constraints)
 
     async def close_session(self, session_id: str) -> None:
         self.rank.close(session_id)

@@ -9,7 +9,7 @@ import pytest
 from jsonschema import validate
 
 from bench import agent
-from stateful_sglang.api.sampling import tool_call_schema
+from stateful_sglang.grammar.calls import tool_call_schema
 
 
 @pytest.fixture

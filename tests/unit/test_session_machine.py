@@ -69,7 +69,7 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(target=open_sessions, system=st.none() | words)
     def open(self, system: str | None) -> str:
-        session = self.service.open(OpenBody(system=system))["id"]
+        session = self.runner.run(self.service.open(OpenBody(system=system)))["id"]
         self.reference[session] = Reference(system)
         return session
 
