@@ -12,6 +12,8 @@ MAX_SCHEMA_CHARS = 1 << 20
 """Of the schema as JSON; of all tools of a session together, four times that."""
 MAX_NODES = 100_000
 """Values of any kind in a schema, and in what it is rewritten to."""
+MAX_COMBINATIONS = 4_000
+"""Schemas made of several that must hold together: alternatives multiply."""
 MAX_DEPTH = 64
 """Levels of nesting. The compiler's time grows with their square, its stack with each."""
 MAX_TEXT_CHARS = 1 << 16

@@ -14,7 +14,7 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 
-from stateful_sglang.grammar.bounds import MAX_NODES
+from stateful_sglang.grammar.bounds import MAX_COMBINATIONS, MAX_NODES
 from stateful_sglang.grammar.errors import ConstraintError
 from stateful_sglang.grammar.patterns import with_length
 from stateful_sglang.grammar.references import same, target, types_of
@@ -98,6 +98,8 @@ class Conjunctions:
         key = json.dumps(schema, sort_keys=True)
         name = self._merged.get(key)
         if name is None:
+            if len(self._merged) >= MAX_COMBINATIONS:
+                raise ConstraintError(f"the schema has more than {MAX_COMBINATIONS} combinations")
             name = self._merged[key] = f"m{len(self._merged)}"
             self._done[name] = {"$ref": f"#/$defs/{name}"}
             self._done[name] = self._simple(self._combined(schema))

@@ -219,7 +219,7 @@ class _Rewriter:
         for key in _AT_MOST & schema.keys():
             # More would not fit into an answer; and the compiler's state grows with the number.
             out[key] = min(int(schema[key]), bounds.MAX_REPEAT)
-        for key in _AT_LEAST & schema.keys():
+        for key in (each for each in _AT_LEAST & schema.keys() if schema[each] > 0):
             out[key] = int(schema[key])
             if out[key] > bounds.MAX_REPEAT:
                 self._unsupported(f"{key} is above {bounds.MAX_REPEAT}", at)

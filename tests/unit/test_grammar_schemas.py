@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from jsonschema.validators import validator_for
 
+from stateful_sglang.grammar.calls import check_tools, tool_call_schema
+from stateful_sglang.grammar.errors import ConstraintError
 from stateful_sglang.grammar.prepare import grammar_schema
 
 D4 = "http://json-schema.org/draft-04/schema#"
@@ -185,7 +187,7 @@ SCHEMAS: list[dict[str, Any]] = [
     },
     {
         "type": "object",
-        "patternProperties": {"a": {"minimum": 1}},
+        "patternProperties": {"a": {"type": "number", "minimum": 1}},
         "properties": {"a": {"type": "integer"}},
         "additionalProperties": False,
     },
@@ -231,3 +233,119 @@ def test_a_rewritten_schema_takes_the_same_values(schema: Any, data: st.DataObje
     rewritten = grammar_schema(schema)
     for value in data.draw(st.lists(VALUES, min_size=8, max_size=8)):
         assert valid(schema, value) == valid(rewritten, value), (value, rewritten)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"minLength": 2},
+        {"minimum": 1},
+        {"required": ["a"]},
+        {"properties": {"a": {"minimum": 1}}},
+        {"items": {"type": "integer"}},
+        {"anyOf": [{"required": ["a"]}, {"minLength": 1}]},
+        {"type": "object", "properties": {"a": {"type": "integer"}, "b": {}},
+         "dependencies": {"a": ["b"]}},
+        {"type": "object", "properties": {"a": False}},
+        {"type": "string", "nullable": False, "pattern": "^a*", "minLength": 0},
+    ],
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_schema_made_narrower_takes_no_value_that_it_refused(
+    schema: Any, data: st.DataObject
+) -> None:
+    rewritten = grammar_schema({"$schema": D7, **schema})
+    for value in data.draw(st.lists(VALUES, min_size=8, max_size=8)):
+        assert valid({"$schema": D7, **schema}, value) or not valid(rewritten, value)
+
+
+def test_null_joins_a_nullable_type_and_no_enumeration() -> None:
+    assert valid(grammar_schema({"type": "string", "nullable": True}), None)
+    assert not valid(grammar_schema({"type": "string", "nullable": True, "enum": ["a"]}), None)
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"$ref": "http://x.y/z"}, "remote references are not fetched"),
+        ({"items": {"$ref": "other.json"}}, "'other.json' is outside the schema"),
+        ({"$ref": "#/$defs/gone"}, "nowhere in the schema"),
+        ({"$ref": "#gone"}, "nowhere in the schema"),
+        ({"$ref": "#"}, "never ends"),
+        ({"properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"$ref": "#/$defs/x"}}},
+         "never ends"),
+        ({"anyOf": [{"type": "string"}, {"allOf": [{"$ref": "#"}]}]}, "never ends"),
+        ({"$schema": D7, "type": "nothing"}, "not a JSON schema"),
+        ({"$schema": D7, "minimum": "1"}, "not a JSON schema"),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"properties": {"a": {"not": {"type": "string"}}}}, "#/properties/a"),
+        ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "no value"),
+        ({"type": "object", "additionalProperties": False, "required": ["a"]}, "no value"),
+        ({"enum": ["a"], "minLength": 2}, "no value"),
+        ({"type": "string", "pattern": "^ab$", "minLength": 2}, "write the length"),
+        ({"type": "string", "pattern": "a{99999}"}, "more than 10000 times"),
+        ({"type": "array", "minItems": 99999}, "minItems is above"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_followed_is_told(schema: Any, message: str) -> None:
+    with pytest.raises(ConstraintError, match=message.replace("$", r"\$")):
+        grammar_schema(schema)
+
+
+def test_size_and_depth_are_bounded() -> None:
+    deep: dict[str, Any] = {"type": "string"}
+    for _ in range(100):
+        deep = {"type": "array", "items": deep}
+    with pytest.raises(ConstraintError, match="deeper than 64"):
+        grammar_schema(deep)
+    with pytest.raises(ConstraintError, match="more than 100000 values"):
+        grammar_schema({"enum": list(range(100_001))})
+    either = [{"anyOf": [{"required": [f"a{i}"]}, {"required": [f"b{i}"]}]} for i in range(24)]
+    with pytest.raises(ConstraintError, match="combinations"):
+        grammar_schema({"type": "object", "allOf": either})
+
+
+def test_definitions_of_the_same_name_stay_each_tools_own() -> None:
+    def parameters(kind: str) -> dict[str, Any]:
+        properties = {"a": {"$ref": "#/$defs/v"}}
+        return {
+            "$id": "tool",
+            "type": "object",
+            "required": ["a"],
+            "properties": properties,
+            "$defs": {"v": {"type": kind}},
+        }
+
+    tools = [named("one", parameters("string")), named("two", parameters("null"))]
+    schema = tool_call_schema(tools)
+    assert valid(schema, {"name": "one", "arguments": {"a": "x"}})
+    assert valid(schema, {"name": "two", "arguments": {"a": None}})
+    assert not valid(schema, {"name": "one", "arguments": {"a": None}})
+    assert not valid(schema, {"name": "two", "arguments": {"a": "x"}})
+
+
+@pytest.mark.parametrize("parameters", [None, {}])
+def test_no_parameters_means_no_arguments(parameters: Any) -> None:
+    schema = tool_call_schema([named("act", parameters)])
+    assert valid(schema, {"name": "act", "arguments": {}})
+    assert not valid(schema, {"name": "act", "arguments": {"a": 1}})
+    assert not valid(schema, {"name": "act"})
+
+
+def test_arguments_are_an_object_whatever_the_schema_leaves_open() -> None:
+    schema = tool_call_schema([named("act", {"title": "anything"})])
+    assert valid(schema, {"name": "act", "arguments": {"a": 1}})
+    assert not valid(schema, {"name": "act", "arguments": 1})
+
+
+def test_only_a_required_call_minds_what_no_grammar_follows() -> None:
+    tools = [named("fine", None), named("act", {"type": "array", "uniqueItems": True})]
+    check_tools(tools)
+    with pytest.raises(ConstraintError) as error:
+        tool_call_schema(tools)
+    assert error.value.tool == 1
+
+
+def named(name: str, parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
