@@ -86,16 +86,32 @@ def constraint_of(body: AppendBody, tools: Sequence[Mapping[str, Any]]) -> Const
     if body.tool_choice == "required":
         if not tools:
             raise InvalidInputError("tool_choice", "'required', but the session has no tools")
-        return Constraint("tool_call", json.dumps(tools), "tool_choice")
+        return Constraint("tool_call", as_text(tools, "tool_choice"), "tool_choice")
     asked = body.sampling
     if asked.regex is not None:
         return Constraint("regex", asked.regex, "sampling.regex")
     if asked.ebnf is not None:
         return Constraint("ebnf", asked.ebnf, "sampling.ebnf")
     if asked.json_schema is not None:
-        return Constraint("json_schema", json.dumps(asked.json_schema), "sampling.json_schema")
+        return _schema(asked.json_schema, "sampling.json_schema")
     if asked.response_format is None or asked.response_format.type == "text":
         return None
     wanted = asked.response_format.json_schema
     schema = {"type": "object"} if wanted is None else wanted.schema_
-    return Constraint("json_schema", json.dumps(schema), "sampling.response_format")
+    return _schema(schema, "sampling.response_format")
+
+
+def as_text(value: Any, field: str) -> str:
+    """A parsed value as JSON again.
+
+    Raises:
+        InvalidInputError: It has numbers of thousands of digits, or no end of levels.
+    """
+    try:
+        return json.dumps(value)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInputError(field, f"can't be written as JSON: {error}") from error
+
+
+def _schema(schema: dict[str, Any], field: str) -> Constraint:
+    return Constraint("json_schema", as_text(schema, field), field)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
 from array import array
@@ -16,6 +15,7 @@ from stateful_sglang.api.errors import EngineError, EngineUnavailableError
 from stateful_sglang.api.sampling import (
     DEFAULT_MAX_TOKENS,
     Constraint,
+    as_text,
     check_token_ids,
     constraint_of,
     sampling_params,
@@ -63,7 +63,7 @@ class SessionService:
         """Open a session; nothing is computed."""
         head = body.to_head()
         if any(tool["function"].get("parameters") for tool in head.tools):
-            await self._prepared(Constraint("tools", json.dumps(head.tools), "tools"))
+            await self._prepared(Constraint("tools", as_text(head.tools, "tools"), "tools"))
         if head != type(head)():
             self._renderer.check_head(head)
         messages = [message.to_message() for message in body.messages]

@@ -53,7 +53,9 @@ class Constraints:
         return known
 
     async def _made(self, kind: Kind, text: str) -> str:
-        if len(text) <= SMALL_CHARS:
+        # Matching a client's pattern may take for ever, and would hold the GIL meanwhile.
+        quick = kind in ("regex", "ebnf") or (len(text) <= SMALL_CHARS and '"pattern' not in text)
+        if quick:
             made = await asyncio.to_thread(prepare, kind, text)
         else:
             made = await self._worker.run(kind, text)

@@ -127,3 +127,16 @@ def running(pid: int) -> bool:
             return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+async def test_a_pattern_that_takes_for_ever_to_match_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    constraints = Constraints(Compiler())
+    monkeypatch.setattr(constraints._worker, "_deadline_s", 1.0)
+    endless = (
+        '{"type": "object", "patternProperties": {"^(a+)+$": {}}, "properties": {"%s!": {}}}'
+        % ("a" * 60)
+    )
+    with pytest.raises(ConstraintError, match="of a processor"):
+        await constraints.prepared("json_schema", endless)

@@ -9,6 +9,8 @@ import pytest
 
 PURE = (
     "stateful_sglang.session.bounds",
+    "stateful_sglang.grammar.constraints",
+    "stateful_sglang.grammar.prepare",
     "stateful_sglang.session.engine",
     "stateful_sglang.session.ids",
     "stateful_sglang.session.rank",

@@ -158,6 +158,27 @@ BAD = [
     ({**TEXT, "sampling": {"stop_token_ids": [99999]}}, "sampling.stop_token_ids[0]"),
     ({**TEXT, "sampling": {"json_schema": "{"}}, "sampling.json_schema"),
     ({**TEXT, "sampling": {"json_schema": {"type": "nothing"}}}, "sampling.json_schema"),
+    ({**TEXT, "sampling": {"json_schema": {"$ref": "#"}}}, "sampling.json_schema"),
+    ({**TEXT, "stream": True, "sampling": {"json_schema": {"$ref": "#"}}}, "sampling.json_schema"),
+    ({**TEXT, "sampling": {"json_schema": {"$ref": "http://x/y"}}}, "sampling.json_schema"),
+    (
+        b'{"text": "x", "sampling": {"json_schema": {"maximum": 1%s}}}' % (b"0" * 5000),
+        "body",
+    ),
+    (
+        {
+            **TEXT,
+            "sampling": {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"$ref": "#/gone"}},
+                }
+            },
+        },
+        "sampling.response_format",
+    ),
+    ({**TEXT, "sampling": {"regex": "(" * 999}}, "sampling.regex"),
+    ({**TEXT, "sampling": {"ebnf": "a" * 99999}}, "sampling.ebnf"),
     ({**TEXT, "sampling": {"regex": "a", "ebnf": "b"}}, "sampling.regex, ebnf"),
     ({**TEXT, "sampling": {"n": 2}}, "sampling.n"),
 ]
@@ -287,3 +308,42 @@ async def test_a_client_that_goes_away_leaves_the_last_committed_version(stream:
         ]
         assert texts[0]["text"] == texts[1]["text"]
         assert texts[0]["version"] == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("field", ["regex", "ebnf"])
+async def test_what_the_compiler_refuses_is_422_before_a_stream_starts(
+    field: str, stream: bool
+) -> None:
+    engine = EngineDouble()
+    engine.refuse_constraints = "the compiler says no"
+    async with client_of(engine) as client:
+        session = await open_one(client)
+        body = {**TEXT, "sampling": {field: "x"}, "stream": stream}
+        response = await client.post(f"/v1/sessions/{session}/append", json=body)
+        assert response.status_code == 422
+        assert response.json()["error"]["param"] == f"sampling.{field}"
+        assert "the compiler says no" in response.json()["error"]["message"]
+        assert engine.requests == []
+
+
+async def test_a_tools_schema_is_refused_by_its_place() -> None:
+    remote = {"type": "object", "properties": {"a": {"$ref": "https://x.y/z"}}}
+    fine = {"type": "function", "function": {"name": "fine", "parameters": None}}
+    bad = {"type": "function", "function": {"name": "bad", "parameters": remote}}
+    async with client_of(EngineDouble()) as client:
+        response = await client.post("/v1/sessions", json={"tools": [fine, bad]})
+        assert response.status_code == 422
+        assert response.json()["error"]["param"] == "tools[1].function.parameters"
+
+
+async def test_a_constraint_that_only_the_scheduler_refuses_is_422_by_its_name() -> None:
+    engine = EngineDouble()
+    message = "Failed to compile regex grammar: too much"
+    engine.end_with = {"type": "abort", "message": message, "status_code": 400}
+    async with client_of(engine) as client:
+        session = await open_one(client)
+        body = {**TEXT, "sampling": {"regex": "x"}}
+        response = await client.post(f"/v1/sessions/{session}/append", json=body)
+        assert response.status_code == 422
+        assert response.json()["error"]["param"] == "sampling.regex"
