@@ -222,6 +222,7 @@ class Conjunctions:
             out.setdefault("additionalProperties", out["unevaluatedProperties"])
             del out["unevaluatedProperties"]
         required = out.get("required", [])
+        _separate_patterns(out)
         for key in ("properties", "patternProperties"):
             if key not in out:
                 continue
@@ -318,6 +319,16 @@ def _of_property(schema: dict[str, Any], name: str) -> Any:
         if _matches(pattern, name)
     ]
     return _all_of(*said) if said else schema.get("additionalProperties", True)
+
+
+def _separate_patterns(out: dict[str, Any]) -> None:
+    """Give up patterns that match a declared name: the compiler would let either's value stand."""
+    patterns = out.get("patternProperties", {})
+    names = out.get("properties", ())
+    kept = {p: each for p, each in patterns.items() if not any(_matches(p, n) for n in names)}
+    if len(kept) < len(patterns):
+        out["patternProperties"] = kept
+        out["additionalProperties"] = False
 
 
 def _matches(pattern: str, name: str) -> bool:

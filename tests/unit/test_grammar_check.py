@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from typing import Any
 
 import pytest
 import xgrammar
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_grammar_schemas import SCHEMAS, valid
 
 from stateful_sglang.grammar.errors import ConstraintError
 from stateful_sglang.grammar.prepare import grammar_schema
@@ -145,3 +147,41 @@ def accepts(schema: str, text: str) -> bool:
 def test_the_compilers_grammars_have_the_form_that_is_read() -> None:
     serialised = json.loads(xgrammar.Grammar.from_ebnf('root ::= "a"').serialize_json())
     assert serialised["__VERSION__"] == KNOWN_FORM
+
+
+LIKELY = frozenset(b'ab01"{}[],:nulltruefalsitem$rf.')
+END = 128
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: json.dumps(schema)[:60])
+def test_whatever_the_grammar_lets_a_model_write_is_valid(schema: Any) -> None:
+    """A model that writes at random, under the mask that SGLang's sampler would apply."""
+    info = xgrammar.TokenizerInfo([*map(bytes, zip(range(END))), "<end>"], stop_token_ids=[END])
+    compiler = xgrammar.GrammarCompiler(info, max_threads=1)
+    compiled = compiler.compile_json_schema(json.dumps(grammar_schema(schema)))
+    rng = random.Random(0)
+    texts = [text for _ in range(60) if (text := written(compiled, rng)) is not None]
+    assert texts
+    for text in texts:
+        assert valid(schema, json.loads(text)), text
+
+
+def written(compiled: xgrammar.CompiledGrammar, rng: random.Random) -> str | None:
+    """A text up to the end, or None where it grew too long."""
+    matcher = xgrammar.GrammarMatcher(compiled)
+    mask = xgrammar.allocate_token_bitmask(1, END + 1)
+    text = ""
+    while len(text) < 120:
+        matcher.fill_next_token_bitmask(mask)
+        words = mask[0].tolist()
+        allowed = [token for token in range(END + 1) if (words[token >> 5] >> (token & 31)) & 1]
+        assert allowed, f"nothing is allowed after {text!r}"
+        if END in allowed and (len(allowed) == 1 or rng.random() < 0.6):
+            return text
+        letters = [token for token in allowed if token != END]
+        likely = [token for token in letters if token in LIKELY] or letters
+        closing = [token for token in likely if token in b'"}]']
+        token = rng.choice(closing if closing and rng.random() < 0.3 else likely)
+        matcher.accept_token(token)
+        text += chr(token)
+    return None

@@ -185,12 +185,6 @@ SCHEMAS: list[dict[str, Any]] = [
         "required": ["a"],
         "additionalProperties": False,
     },
-    {
-        "type": "object",
-        "patternProperties": {"a": {"type": "number", "minimum": 1}},
-        "properties": {"a": {"type": "integer"}},
-        "additionalProperties": False,
-    },
     {"type": "string", "pattern": "b"},
     {"type": "string", "pattern": "^a|b$"},
     {"type": "string", "pattern": "^[a-b]+$", "minLength": 2, "maxLength": 3},
@@ -247,6 +241,8 @@ def test_a_rewritten_schema_takes_the_same_values(schema: Any, data: st.DataObje
         {"type": "object", "properties": {"a": {"type": "integer"}, "b": {}},
          "dependencies": {"a": ["b"]}},
         {"type": "object", "properties": {"a": False}},
+        {"type": "object", "patternProperties": {"a": {"type": "number", "minimum": 1}},
+         "properties": {"a": {"type": "integer"}}},
         {"type": "string", "nullable": False, "pattern": "^a*", "minLength": 0},
     ],
 )  # fmt: skip
