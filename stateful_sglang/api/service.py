@@ -24,7 +24,7 @@ from stateful_sglang.api.schemas import AppendBody, OpenBody
 from stateful_sglang.api.turns import Reply, RunningTurn
 from stateful_sglang.grammar.constraints import Constraints
 from stateful_sglang.grammar.errors import ConstraintError
-from stateful_sglang.grammar.worker import WorkerBusyError
+from stateful_sglang.grammar.worker import WorkerUnavailableError
 from stateful_sglang.session.conversation import absorb_system
 from stateful_sglang.session.engine import TurnEngine, TurnProgress, TurnRequest
 from stateful_sglang.session.errors import (
@@ -156,7 +156,7 @@ class SessionService:
             tool = error.tool
             field = constraint.field if tool is None else f"tools[{tool}].function.parameters"
             raise InvalidInputError(field, str(error)) from error
-        except WorkerBusyError as error:
+        except WorkerUnavailableError as error:
             raise EngineError(str(error), 503) from error
 
     async def _close(self, session: Session) -> None:

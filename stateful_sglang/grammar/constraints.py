@@ -36,7 +36,7 @@ class Constraints:
 
         Raises:
             ConstraintError: The constraint can't be used.
-            WorkerBusyError: Too many constraints wait to be checked.
+            WorkerUnavailableError: The constraint can't be checked now.
         """
         key = hashlib.sha256(f"{kind} {text}".encode("utf-8", "surrogatepass")).digest()
         known = self._known.get(key)

@@ -21,13 +21,15 @@ from stateful_sglang.grammar.errors import ConstraintError
 
 DEADLINE_S = 10.0
 """Processor time of one call: a busy machine does not shorten it."""
-MAX_WAITING = 64
+MAX_WAITING = 32
 """Calls that wait for their turn."""
 _MAX_DATA_BYTES = 4 << 30
+_CRASHES = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
+"""Ends that come of the work itself; any other signal comes from outside."""
 
 
-class WorkerBusyError(Exception):
-    """As many calls wait as may."""
+class WorkerUnavailableError(Exception):
+    """As many calls wait as may, or the process ended for no fault of what it was given."""
 
 
 class Worker:
@@ -46,10 +48,10 @@ class Worker:
         Raises:
             ConstraintError: The function's own; or it took too long or crashed, which for what it
                 does is the fault of what it was given.
-            WorkerBusyError: Too many calls wait.
+            WorkerUnavailableError: Too many calls wait, or something else ended the process.
         """
         if self._waiting >= MAX_WAITING:
-            raise WorkerBusyError(f"{MAX_WAITING} constraints wait to be checked; try again")
+            raise WorkerUnavailableError(f"{MAX_WAITING} constraints wait to be checked; try again")
         self._waiting += 1
         try:
             loop = asyncio.get_running_loop()
@@ -87,7 +89,12 @@ class Worker:
                 raise ConstraintError(
                     f"compiling it takes more than {self._deadline_s:g} s of a processor"
                 )
-            raise ConstraintError(f"its compilation ended the compiler (exit status {code})")
+            if -code in _CRASHES:
+                name = signal.Signals(-code).name
+                raise ConstraintError(f"compiling it ends the compiler with {name}")
+            raise WorkerUnavailableError(
+                f"the process that checks constraints ended with status {code}; try again"
+            )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise ConstraintError(answer["error"], tool=answer["tool"])
@@ -99,6 +106,7 @@ def serve(function: str, deadline_s: float) -> None:
     # What a library prints must not come between the answers.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    os.nice(5)  # Who decodes on the same processors goes first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_DATA, (_MAX_DATA_BYTES, _MAX_DATA_BYTES))
     module, name = function.split(":")

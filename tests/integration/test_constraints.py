@@ -173,6 +173,16 @@ def test_a_schema_as_found_in_the_wild_is_followed(http: httpx.Client, schema: A
         )
 
 
+def test_a_compilation_without_end_is_given_up_and_the_next_one_is_done(
+    http: httpx.Client,
+) -> None:
+    endless = "(" * 8 + "a" + "){1,1000}" * 8
+    answer = ask(http, sampling={**GREEDY, "regex": endless})
+    assert answer.status_code == 422, answer.text
+    assert "more than 10 s" in answer.json()["error"]["message"]
+    assert ask(http, sampling={**GREEDY, "regex": "yes|no"}).json()["text"] in ("yes", "no")
+
+
 def test_left_recursion_that_ends_is_followed(http: httpx.Client) -> None:
     sampling = {**GREEDY, "ebnf": 'root ::= list ";"\nlist ::= list "," item | item\nitem ::= "a"'}
     reply = ask(http, sampling=sampling).json()

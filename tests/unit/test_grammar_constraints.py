@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from stateful_sglang.grammar.constraints import Constraints
 from stateful_sglang.grammar.errors import ConstraintError
-from stateful_sglang.grammar.worker import Worker
+from stateful_sglang.grammar.worker import MAX_WAITING, Worker, WorkerUnavailableError
 
 pytestmark = pytest.mark.anyio
 
@@ -24,6 +25,8 @@ def misbehave(how: str) -> str:
     """What a compiler may do, run in a worker's process."""
     if how == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     while how == "hang":
         pass
     print("a library's chatter")
@@ -94,8 +97,10 @@ async def test_a_call_that_crashes_or_hangs_ends_its_process_and_no_other() -> N
     worker = Worker("test_grammar_constraints:misbehave", deadline_s=1)
     before = await worker.run("answer")
     assert await worker.run("answer") == before
-    with pytest.raises(ConstraintError, match="ended the compiler"):
+    with pytest.raises(ConstraintError, match="SIGSEGV"):
         await worker.run("crash")
+    with pytest.raises(WorkerUnavailableError, match="try again"):
+        await worker.run("killed")
     with pytest.raises(ConstraintError, match="more than 1 s"):
         await worker.run("hang")
     after = await worker.run("answer")
@@ -140,3 +145,12 @@ async def test_a_pattern_that_takes_for_ever_to_match_is_given_up(
     )
     with pytest.raises(ConstraintError, match="of a processor"):
         await constraints.prepared("json_schema", endless)
+
+
+@pytest.mark.usefixtures("importable")
+async def test_no_more_calls_wait_than_may() -> None:
+    worker = Worker("test_grammar_constraints:misbehave")
+    calls = [worker.run("answer") for _ in range(MAX_WAITING + 1)]
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(each) for each in answers] == [str] * MAX_WAITING + [WorkerUnavailableError]
+    worker.close()
