@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from typing import Any
 
 from jsonschema import Draft202012Validator
 
 from stateful_sglang.grammar.bounds import MAX_COMBINATIONS, MAX_NODES
 from stateful_sglang.grammar.errors import ConstraintError
+from stateful_sglang.grammar.merging import both, separate_patterns, with_required
 from stateful_sglang.grammar.patterns import with_length
-from stateful_sglang.grammar.references import same, target, types_of
+from stateful_sglang.grammar.references import target, types_of
 
 _STRING = frozenset({"minLength", "maxLength", "pattern", "format"})
 _NUMBER = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"})
@@ -123,12 +123,16 @@ class Conjunctions:
                 name = target(part["$ref"])
                 if name in way:
                     raise ConstraintError("a $ref leads back to itself and never ends")
-                stack.append((self._schemas[name], way | {name}))
-            stack += [(each, way) for each in part.get("allOf", ())]
+                following = [(self._schemas[name], way | {name})]
+            else:
+                following = []
+            # As written: the compiler wants properties in the order in which they are declared.
+            following += [(each, way) for each in part.get("allOf", ())]
+            stack += reversed(following)
             choices += [(key, part[key]) for key in _CHOICES if key in part]
             rest = {k: v for k, v in part.items() if k not in ("$ref", "allOf", *_CHOICES)}
             self._budget -= len(rest)
-            base = self._both(base, rest) if base and rest else base or rest
+            base = both(base, rest) if base and rest else base or rest
         if not choices:
             return base
         (key, alternatives), *others = choices
@@ -148,7 +152,7 @@ class Conjunctions:
 
     def _plain(self, schema: dict[str, Any]) -> Any:
         """Keywords only. The compiler's own readings are met here."""
-        out = _with_required(schema)
+        out = with_required(schema)
         kinds = types_of(out)
         if "enum" in out:
             return self._enum(out)
@@ -222,7 +226,7 @@ class Conjunctions:
             out.setdefault("additionalProperties", out["unevaluatedProperties"])
             del out["unevaluatedProperties"]
         required = out.get("required", [])
-        _separate_patterns(out)
+        separate_patterns(out)
         for key in ("properties", "patternProperties"):
             if key not in out:
                 continue
@@ -246,121 +250,6 @@ class Conjunctions:
             return False
         closed = out.get("additionalProperties") is False and "patternProperties" not in out
         return not (closed and least > len(out.get("properties", ())))
-
-    def _both(self, one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-        """Keywords of two schemas that say what both say."""
-        out = {**one, **other}
-        for key in one.keys() & other.keys():
-            a, b = one[key], other[key]
-            if key == "type":
-                out[key] = _common_types(types_of(one), types_of(other))
-            elif key == "enum":
-                out[key] = [each for each in a if any(same(each, value) for value in b)]
-            elif key == "required":
-                out[key] = list(dict.fromkeys([*a, *b]))
-            elif key in ("minimum", "exclusiveMinimum") or key.startswith("min"):
-                out[key] = max(a, b)
-            elif key in ("maximum", "exclusiveMaximum") or key.startswith("max"):
-                out[key] = min(a, b)
-            elif key == "format" and a != b:
-                del out[key]
-            elif key == "pattern" and a != b:
-                raise ConstraintError(f"two patterns for one string, {a!r} and {b!r}")
-            elif key in ("propertyNames", "unevaluatedProperties", "unevaluatedItems"):
-                out[key] = _all_of(a, b)
-        if {"properties", "patternProperties", "additionalProperties"} & out.keys():
-            _merge_objects(one, other, out)
-        if {"items", "prefixItems"} & out.keys():
-            _merge_arrays(one, other, out)
-        return out
-
-
-def _all_of(*parts: Any) -> Any:
-    real = [part for part in parts if part is not True]
-    return real[0] if len(real) == 1 else {"allOf": real} if real else True
-
-
-def _common_types(one: list[str], other: list[str]) -> list[str]:
-    out = [kind for kind in one if kind in other or (kind == "integer" and "number" in other)]
-    return out + [
-        kind for kind in other if kind == "integer" and "number" in one and kind not in out
-    ]
-
-
-def _merge_objects(one: dict[str, Any], other: dict[str, Any], out: dict[str, Any]) -> None:
-    names = dict.fromkeys([*one.get("properties", ()), *other.get("properties", ())])
-    if names:
-        out["properties"] = {
-            name: _all_of(_of_property(one, name), _of_property(other, name)) for name in names
-        }
-    for this, that in ((one, other), (other, one)):
-        for pattern in this.get("patternProperties", ()):
-            if that.get("additionalProperties", True) is not True:
-                raise ConstraintError(
-                    f"the pattern property {pattern!r} meets additionalProperties of another schema"
-                )
-    patterns: dict[str, Any] = dict(one.get("patternProperties", {}))
-    for pattern, schema in other.get("patternProperties", {}).items():
-        patterns[pattern] = _all_of(patterns.get(pattern, True), schema)
-    if patterns:
-        out["patternProperties"] = patterns
-    if "additionalProperties" in out:
-        out["additionalProperties"] = _all_of(
-            one.get("additionalProperties", True), other.get("additionalProperties", True)
-        )
-
-
-def _of_property(schema: dict[str, Any], name: str) -> Any:
-    """What a schema says of a property of this name."""
-    said = [schema["properties"][name]] if name in schema.get("properties", ()) else []
-    said += [
-        each
-        for pattern, each in schema.get("patternProperties", {}).items()
-        if _matches(pattern, name)
-    ]
-    return _all_of(*said) if said else schema.get("additionalProperties", True)
-
-
-def _separate_patterns(out: dict[str, Any]) -> None:
-    """Give up patterns that match a declared name: the compiler would let either's value stand."""
-    patterns = out.get("patternProperties", {})
-    names = out.get("properties", ())
-    kept = {p: each for p, each in patterns.items() if not any(_matches(p, n) for n in names)}
-    if len(kept) < len(patterns):
-        out["patternProperties"] = kept
-        out["additionalProperties"] = False
-
-
-def _matches(pattern: str, name: str) -> bool:
-    try:
-        return re.search(pattern, name) is not None
-    except re.error as error:
-        raise ConstraintError(f"the pattern {pattern!r} can't be read: {error}") from None
-
-
-def _merge_arrays(one: dict[str, Any], other: dict[str, Any], out: dict[str, Any]) -> None:
-    a, b = one.get("prefixItems", []), other.get("prefixItems", [])
-    rest_a, rest_b = one.get("items", True), other.get("items", True)
-    prefix = [
-        _all_of(a[i] if i < len(a) else rest_a, b[i] if i < len(b) else rest_b)
-        for i in range(max(len(a), len(b)))
-    ]
-    if prefix:
-        out["prefixItems"] = prefix
-    if "items" in out:
-        out["items"] = _all_of(rest_a, rest_b)
-
-
-def _with_required(schema: dict[str, Any]) -> dict[str, Any]:
-    """Required names are declared: the compiler demands declared ones only.
-
-    And declared ones say what patterns that match their names say, which it doesn't look at.
-    """
-    properties, required = schema.get("properties", {}), schema.get("required", ())
-    if "patternProperties" not in schema and all(name in properties for name in required):
-        return dict(schema)
-    names = dict.fromkeys([*properties, *required])
-    return {**schema, "properties": {name: _of_property(schema, name) for name in names}}
 
 
 def _string(out: dict[str, Any]) -> bool:
