@@ -85,6 +85,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="most tokens drafted for a request in one step (default: %(default)s)",
     )
     parser.add_argument(
+        "--content-tokens",
+        choices=["text", "special"],
+        default=defaults.content_tokens,
+        help="what a special token that is spelled in a message or a tool's result becomes: text, "
+        "or that token, so that whoever wrote it can open and close turns (default: %(default)s)",
+    )
+    parser.add_argument(
         "--cpu-quant",
         choices=["off", "int8"],
         default=defaults.cpu_quant,
@@ -130,6 +137,7 @@ def settings(ours: argparse.Namespace) -> PluginConfig:
         pin_budget=ours.pin_budget,
         draft=ours.draft,
         max_draft=ours.max_draft,
+        content_tokens=ours.content_tokens,
         cpu_quant=ours.cpu_quant,
     )
 
@@ -145,7 +153,7 @@ def serve(server_args: Any, config: PluginConfig) -> None:
 
     torch.set_num_threads(1)  # This process tokenises and serves HTTP; the scheduler computes.
     unserved.attach(app)
-    extra = _stateful_client() if config.stateful else {}
+    extra = _stateful_client(config) if config.stateful else {}
     try:
         launch_server(
             server_args,
@@ -158,18 +166,21 @@ def serve(server_args: Any, config: PluginConfig) -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-def _stateful_client() -> dict[str, Any]:
+def _stateful_client(config: PluginConfig) -> dict[str, Any]:
     """The parts of `launch_server` that only a stateful server replaces."""
     from sglang.srt.entrypoints.http_server import app
 
     from stateful_sglang.api import access_log
     from stateful_sglang.api.routes import build_router
+    from stateful_sglang.api.service import Limits
     from stateful_sglang.runtime.client import SGLangEngine, stateful_tokenizer_manager
 
     access_log.install()
+    limits = Limits(content_tokens=config.content_tokens)
+
     return {
         "init_tokenizer_manager_func": stateful_tokenizer_manager(
-            lambda manager: app.include_router(build_router(SGLangEngine(manager)))
+            lambda manager: app.include_router(build_router(SGLangEngine(manager), limits))
         )
     }
 

@@ -25,6 +25,7 @@ from stateful_sglang.api.turns import Reply, RunningTurn
 from stateful_sglang.grammar.constraints import Constraints
 from stateful_sglang.grammar.errors import ConstraintError
 from stateful_sglang.grammar.worker import WorkerUnavailableError
+from stateful_sglang.session.content import ContentTokens
 from stateful_sglang.session.conversation import absorb_system
 from stateful_sglang.session.engine import TurnEngine, TurnProgress, TurnRequest
 from stateful_sglang.session.errors import (
@@ -45,6 +46,8 @@ class Limits:
     max_sessions: int = 10_000
     max_body_bytes: int | None = None
     """Largest request body; None: 32 bytes for each token of the context, at least 1 MiB."""
+    content_tokens: ContentTokens = "text"
+    """What special tokens spelled in messages become: text, or tokens."""
 
 
 class SessionService:
@@ -54,8 +57,9 @@ class SessionService:
         limits = limits or Limits()
         self._engine = engine
         self._store = SessionStore(limits.max_sessions)
-        self._renderer = DeltaRenderer(engine.tokenizer, engine.eos_ids)
         self._constraints = Constraints(engine.check_constraint)
+        self._renderer = DeltaRenderer(engine.tokenizer, engine.eos_ids, limits.content_tokens)
+        self._renderer.prepare()
         self._turns: dict[str, RunningTurn] = {}
         self.max_body_bytes = limits.max_body_bytes or max(1 << 20, 32 * engine.context_length)
 
@@ -223,7 +227,8 @@ class SessionService:
         raw = self._renderer.answer_text(last.output_ids)
         parsed = self._parse(plan, body, last.text, raw)
         finish = "tool_calls" if parsed.calls else str((last.finish or {}).get("type"))
-        answer = Message("assistant", parsed.content, parsed.calls, raw=raw)
+        tokens = self._renderer.answer_tokens(last.output_ids, raw)
+        answer = Message("assistant", parsed.content, parsed.calls, raw=raw, tokens=tokens)
         self._store.commit(session, plan, last.output_ids, answer, finish)
         generated = len(last.output_ids)
         asked = body.sampling.max_tokens

@@ -25,6 +25,8 @@ class PluginConfig:
     draft: Literal["auto", "off"] = "auto"
     max_draft: int = 8
     """Most tokens drafted for a request in one step."""
+    content_tokens: Literal["text", "special"] = "text"
+    """What special tokens spelled in the content of messages become, on the session routes."""
     cpu_quant: Literal["off", "int8"] = "off"
     """What the CPU kernels round a model's weights to."""
 

@@ -32,6 +32,9 @@ class Message:
     raw: str | None = None
     """Assistant only: the text exactly as generated, special tokens and tool calls included, the
     end token left out. None where a client wrote the message."""
+    tokens: frozenset[str] = frozenset()
+    """Assistant only: spellings in `raw` that the model wrote as special or added tokens; every
+    other one is text that looks like a token."""
 
 
 @dataclass(frozen=True)

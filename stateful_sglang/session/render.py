@@ -12,6 +12,8 @@ new messages::
 The cost is that of the head and the new messages, whatever the history. Tokenising starts at the
 end token: a special token, across which no merge reaches, so the tokens equal those of the full
 text. Otherwise the whole conversation is rendered, and what it shares with the transcript is kept.
+
+What messages say stays text on the way: see `content`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from stateful_sglang.session.content import ContentGuard, ContentTokens
 from stateful_sglang.session.conversation import (
     RAW_SHAPE,
     Conversation,
@@ -41,6 +44,7 @@ from stateful_sglang.session.transcript import Transcript
 
 _ANSWER = "zqanswer"
 _PROMPTS_KEPT = 128
+_HEADS_KEPT = 128
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,22 @@ class _Ending:
 class DeltaRenderer:
     """Renders the turns of all sessions of one model. Holds a bounded cache, no session state."""
 
-    def __init__(self, tokenizer: ChatTokenizer, end_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: ChatTokenizer,
+        end_ids: Iterable[int],
+        content_tokens: ContentTokens = "text",
+    ) -> None:
         """
         Args:
             tokenizer: A Hugging Face tokenizer.
             end_ids: Tokens that end a generation.
+            content_tokens: What special tokens spelled in content become.
         """
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer)
+        self._guard = ContentGuard(tokenizer, content_tokens)
+        self._heads: OrderedDict[str, Head] = OrderedDict()
         self._end_ids = frozenset(end_ids)
         texts = (tokenizer.decode([token], skip_special_tokens=False) for token in self._end_ids)
         self._end_texts = sorted({text for text in texts if text}, key=len, reverse=True)
@@ -85,10 +97,12 @@ class DeltaRenderer:
 
     def first(self, head: Head, messages: Sequence[Message]) -> RenderedDelta:
         """Tokens of a session's first turn: the whole conversation and the generation prompt."""
-        return RenderedDelta(0, array("q", self._encode(self._render(head, messages))))
+        text = self._render(head, self._guard.messages(messages))
+        return RenderedDelta(0, array("q", self._guard.encode(text)))
 
     def text(self, text: str, transcript: Transcript) -> RenderedDelta:
-        """Tokens of raw text; the tokenizer's own start tokens only at the very beginning."""
+        """Tokens of raw text, in which special tokens are meant as such; the tokenizer's own start
+        tokens only at the very beginning."""
         ids = self._tokenizer.encode(text, add_special_tokens=not len(transcript))
         return RenderedDelta(len(transcript), array("q", ids))
 
@@ -102,13 +116,14 @@ class DeltaRenderer:
             TemplateRefusedError: The template raised on the new messages.
             InvalidInputError: The template rewrites history, and the history is not all messages.
         """
+        new = self._guard.messages(new)
         try:
             ending = self._ending(conversation, new)
         except TemplateRefusedError:
             if conversation.raw:
                 raise
             ending = None  # the template may mind the stand-ins alone
-        ids = self._encode(ending.end_text + ending.rest) if ending else []
+        ids = self._guard.encode(ending.end_text + ending.rest) if ending else []
         if ids and ids[0] in self._end_ids and len(transcript):
             last = transcript.last()
             if last == ids[0]:
@@ -133,10 +148,21 @@ class DeltaRenderer:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
+    def answer_tokens(self, output_ids: Sequence[int], text: str) -> frozenset[str]:
+        """Which spellings in an answer's `text` are special or added tokens, not text like them."""
+        return self._guard.tokens_in(output_ids, text)
+
+    def prepare(self) -> None:
+        """Do once, before requests come, what the first of them would wait for."""
+        self._guard.prepare()
+
+    # Messages below are as the guard lets the template see them.
+
     def _common_prefix(
         self, conversation: Conversation, transcript: Transcript, new: Sequence[Message]
     ) -> RenderedDelta:
-        ids = self._encode(self._render(conversation.head, [*conversation.messages, *new]))
+        old = self._guard.messages(conversation.messages)
+        ids = self._guard.encode(self._render(conversation.head, [*old, *new]))
         # At least one token must be computed, for its logits.
         kept = min(transcript.common_prefix(ids), len(ids) - 1)
         reason = "template_rewrites_history" if kept < len(transcript) else None
@@ -152,7 +178,8 @@ class DeltaRenderer:
         answer = replace(stand_in(kind, _ANSWER), tool_calls=())
         if "calls" in kind and self._template.knows_tool_messages:
             # Results in `new` answer the real calls, by number and by id.
-            calls = conversation.messages[-1].tool_calls
+            (last,) = self._guard.messages(conversation.messages[-1:])
+            calls = last.tool_calls
             answer = replace(
                 answer, tool_calls=tuple(replace(PROBE_CALL, id=c.id, name=c.name) for c in calls)
             )
@@ -197,8 +224,17 @@ class DeltaRenderer:
 
     def _render(self, head: Head, messages: Sequence[Message]) -> str:
         return self._template.render(
-            head, messages, generation_prompt=True, native=self._template.knows_tool_messages
+            self._guarded(head),
+            messages,
+            generation_prompt=True,
+            native=self._template.knows_tool_messages,
         )
 
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+    def _guarded(self, head: Head) -> Head:
+        guarded = self._heads.get(head.key)
+        if guarded is None:
+            guarded = self._heads[head.key] = self._guard.head(head)
+            if len(self._heads) > _HEADS_KEPT:
+                self._heads.popitem(last=False)
+        self._heads.move_to_end(head.key)
+        return guarded

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from stateful_sglang.session.messages import ToolCall
 
@@ -111,6 +111,51 @@ THINKING_PROMPT = QWEN3[: QWEN3.index("{%- if enable_thinking")] + (
 )
 """As the thinking-only Qwen3 models: the prompt opens the block, the answer only closes it."""
 
+PHI3 = """\
+{%- for m in messages -%}
+{{- '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>\n' -}}{%- endif -%}"""
+"""Its turns begin with special tokens that the template puts together from the role."""
+
+QWEN_CODER = """\
+{%- if messages[0].role == 'system' or tools -%}
+{{- '<|im_start|>system\n' -}}
+{%- if messages[0].role == 'system' -%}{{- messages[0].content -}}{%- endif -%}
+{%- for tool in tools or [] -%}
+{{- '\n<function>\n<name>' ~ tool.function.name ~ '</name>' -}}
+{%- for name, fields in tool.function.parameters.properties | items -%}
+{{- '\n<parameter>\n<name>' ~ name ~ '</name>' -}}
+{%- for key in fields -%}{{- '\n<' ~ key ~ '>' ~ fields[key] ~ '</' ~ key ~ '>' -}}{%- endfor -%}
+{{- '\n</parameter>' -}}
+{%- endfor -%}
+{{- '\n</function>' -}}
+{%- endfor -%}
+{{- '<|im_end|>\n' -}}
+{%- endif -%}
+{%- for m in messages -%}
+{%- if m.role == 'assistant' and m.tool_calls -%}
+{{- '<|im_start|>assistant\n' + (m.content + '\n' if m.content else '') -}}
+{%- for call in m.tool_calls -%}
+{{- '<tool_call>\n<function=' + call.function.name + '>\n' -}}
+{%- for name, value in call.function.arguments | items -%}
+{{- '<parameter=' + name + '>\n' ~ value ~ '\n</parameter>\n' -}}
+{%- endfor -%}
+{{- '</function>\n</tool_call>' -}}{%- if not loop.last -%}{{- '\n' -}}{%- endif -%}
+{%- endfor -%}
+{{- '<|im_end|>\n' -}}
+{%- elif m.role == 'tool' -%}
+{%- if loop.previtem is not defined or loop.previtem.role != 'tool' -%}
+{{- '<|im_start|>user\n' -}}{%- endif -%}
+{{- '<tool_response>\n' + m.content + '\n</tool_response>\n' -}}
+{%- if loop.last or loop.nextitem.role != 'tool' -%}{{- '<|im_end|>\n' -}}{%- endif -%}
+{%- elif m.role != 'system' or not loop.first -%}
+{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+"""As Qwen3-Coder: keys of tool definitions become tags, which may be spelled as tokens are."""
+
 MISTRAL = """\
 {%- if messages[0]['role'] == 'system' -%}
 {%- set system = messages[0]['content'] -%}{%- set loop_messages = messages[1:] -%}
@@ -173,6 +218,13 @@ def _llama_call(call: ToolCall) -> str:
     return f'{{"name": "{call.name}", "parameters": {json.dumps(call.arguments)}}}'
 
 
+def _coder_call(call: ToolCall) -> str:
+    values = [
+        f"<parameter={name}>\n{value}\n</parameter>\n" for name, value in call.arguments.items()
+    ]
+    return f"<tool_call>\n<function={call.name}>\n{''.join(values)}</function>\n</tool_call>"
+
+
 def _mistral_call(call: ToolCall) -> str:
     function = json.dumps({"name": call.name, "arguments": call.arguments})
     return f"[TOOL_CALLS] [{function}]"
@@ -187,6 +239,8 @@ class Family:
     """None: the tokenizer's own."""
     end: str
     specials: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    """Tokens that are found in text as specials are, and are not special."""
     bos: str | None = None
     call: Callable[[ToolCall], str] = hermes_call
     says: Callable[[str], str] = str
@@ -209,6 +263,8 @@ class Family:
             )
         if self.specials:
             tokenizer.add_tokens(list(self.specials), special_tokens=True)
+        if self.added:
+            tokenizer.add_tokens([AddedToken(each, normalized=False) for each in self.added])
         if self.bos is not None:
             tokenizer.bos_token = self.bos
         return tokenizer
@@ -217,6 +273,12 @@ class Family:
         (end,) = tokenizer.encode(self.end, add_special_tokens=False)
         return int(end)
 
+
+QWEN_TAGS = (
+    *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+    "<|object_ref_start|>",
+)
+"""Added tokens of Qwen 3, which the default model knows as text."""
 
 FAMILIES = [
     Family("smollm", None, "<|im_end|>", native_tools=False),
@@ -230,6 +292,15 @@ FAMILIES = [
         call=_llama_call,
     ),
     Family("qwen3", QWEN3, "<|im_end|>", rewrites=("think",)),
+    Family("qwen3-tags", QWEN3, "<|im_end|>", added=QWEN_TAGS, rewrites=("think",)),
+    Family("qwen3-coder", QWEN_CODER, "<|im_end|>", added=QWEN_TAGS, call=_coder_call),
+    Family(
+        "phi3",
+        PHI3,
+        "<|end|>",
+        ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"),
+        native_tools=False,
+    ),
     Family(
         "mistral",
         MISTRAL,

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import jinja2
+from tokenizers import AddedToken
 
 from stateful_sglang.grammar.errors import ConstraintError
 from stateful_sglang.session.engine import TurnProgress, TurnRequest
@@ -40,6 +41,10 @@ class CharTokenizer:
         environment = jinja2.Environment()
         environment.globals["raise_exception"] = self._raise
         self._template = environment.from_string(template)
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        return {token: AddedToken(text, special=True) for text, token in self.specials.items()}
 
     @staticmethod
     def _raise(message: str) -> None:

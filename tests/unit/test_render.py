@@ -67,7 +67,8 @@ class Chat:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         self.transcript.extend([*ids, self.end] if end else ids)
         raw = self.renderer.answer_text([*ids, self.end] if end else ids)
-        self.conversation.extend([Message("assistant", content, calls, raw=raw)])
+        tokens = self.renderer.answer_tokens(ids, raw)
+        self.conversation.extend([Message("assistant", content, calls, raw=raw, tokens=tokens)])
 
     def full(self) -> list[int]:
         """The conversation so far, rendered and tokenised as a whole."""
@@ -161,7 +162,7 @@ def test_any_conversation_has_the_tokens_of_its_full_render(
     head = Head(system if family.system else None, (TOOL,) if use_tools else ())
     chat = Chat(family, tokenizer, head)
     chat.ask(user("begin"))
-    thought = "<think>\nwell\n</think>\n\n" if think and family.name == "qwen3" else ""
+    thought = "<think>\nwell\n</think>\n\n" if think and "think" in family.rewrites else ""
     for kind, said, asked in script:
         if kind == "tool":
             # Qwen parts what it says from its calls by a line end; the others write one or both.
