@@ -201,11 +201,11 @@ class SessionService:
 
     def _raw(self, session: Session, body: AppendBody) -> RenderedDelta:
         param = "text" if body.text is not None else "input_ids"
-        if not session.version and (session.conversation.head.system or session.pending):
+        if not session.version and (opened_with := _opened_with(session)):
             raise InvalidInputError(
                 param,
-                "this session was opened with a system prompt or messages, which the first append "
-                "renders: begin with messages",
+                f"this session was opened with {' and '.join(opened_with)}, which the first append "
+                "renders: begin with messages, or open a session without",
             )
         if body.text is not None:
             return self._renderer.text(body.text, session.transcript)
@@ -291,6 +291,18 @@ class SessionService:
             "created_at": session.created_at,
             "updated_at": session.updated_at,
         }
+
+
+def _opened_with(session: Session) -> list[str]:
+    """What the opening gave that only a chat template can render."""
+    head = session.conversation.head
+    given = {
+        "system": head.system is not None,
+        "tools": bool(head.tools),
+        "chat_template_kwargs": bool(head.template_kwargs),
+        "messages": bool(session.pending),
+    }
+    return [name for name, there in given.items() if there]
 
 
 def _rounded(value: float) -> float:

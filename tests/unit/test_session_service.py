@@ -419,3 +419,27 @@ async def test_ids_cannot_be_guessed_and_request_ids_have_one_length() -> None:
     assert min(map(len, ids)) >= 24
     await asyncio.gather(*(answer(service, each, say("x")) for each in ids))
     assert {len(request.rid) for request in engine.requests} == {32}
+
+
+@pytest.mark.parametrize(
+    ("opening", "named"),
+    [
+        ({"system": "S"}, "system"),
+        ({"tools": [{"function": {"name": "f"}}]}, "tools"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+        ({"messages": [{"role": "user", "content": "U"}]}, "messages"),
+        ({"system": "S", "tools": [{"function": {"name": "f"}}]}, "system and tools"),
+    ],
+)
+@pytest.mark.parametrize("raw", [{"text": "once"}, {"input_ids": [40, 41]}])
+async def test_raw_content_cannot_come_first_where_the_opening_needs_rendering(
+    raw: Any, opening: Any, named: str
+) -> None:
+    engine = EngineDouble()
+    service = SessionService(engine)
+    session = open_one(service, **opening)
+    with pytest.raises(errors.InvalidInputError, match=f"opened with {named}, which"):
+        await answer(service, session, AppendBody(**raw))
+    assert engine.requests == []
+    await answer(service, session, say("hello"))
+    await answer(service, session, AppendBody(**raw))
