@@ -100,5 +100,6 @@ def _path(loc: Sequence[Any]) -> str:
         if isinstance(part, int):
             path += f"[{part}]"
         elif part not in _UNION_TAGS:
-            path += f".{part}" if path else str(part)
+            # The name that a validator of ours gave may begin with an index.
+            path += f".{part}" if path and not str(part).startswith("[") else str(part)
     return path

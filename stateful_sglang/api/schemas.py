@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -15,6 +15,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from stateful_sglang.api.message_fields import cleaned
 from stateful_sglang.session.bounds import INT32_MAX, SAMPLING, VERSION
 from stateful_sglang.session.messages import Head, Message, ToolCall
 from stateful_sglang.session.template import RESERVED_KWARGS
@@ -52,49 +53,100 @@ def _joined_text(value: Any) -> Any:
     """Content as text; a list of text parts, as OpenAI's clients send it, is joined."""
     if not isinstance(value, list):
         return value
-    texts = []
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise refusal("only parts of type 'text' are supported")
-        if not isinstance(part.get("text"), str):
-            raise refusal("a text part needs the string 'text'")
-        texts.append(part["text"])
-    return "".join(texts)
+    return "".join(_part_text(index, part) for index, part in enumerate(value))
 
+
+def _part_text(index: int, part: Any) -> str:
+    name = _TEXT_PARTS.get(part.get("type")) if isinstance(part, dict) else None
+    if name is None:
+        raise refusal("only parts of type 'text' are supported", f"[{index}]")
+    fields, unknown = cleaned("part", part, ("type", name))
+    if unknown:
+        raise refusal(_unknown("a part", unknown), f"[{index}].{unknown[0]}")
+    if not isinstance(fields.get(name), str):
+        raise refusal(f"a {part['type']} part needs the string {name!r}", f"[{index}]")
+    return str(fields[name])
+
+
+def _unknown(what: str, names: list[str]) -> str:
+    return f"{what} has no field {', '.join(map(repr, names))}; leave out what the model can't read"
+
+
+_TEXT_PARTS = {"text": "text", "refusal": "refusal"}
+"""Types of content parts that are text, and the field that holds it."""
 
 Text = Annotated[str, BeforeValidator(_joined_text)]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
-class FunctionCallBody(Body):
+class Dumped(Body):
+    """A body that an SDK may have dumped: see `message_fields` for what is dropped."""
+
+    _kind: ClassVar[str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_says_nothing(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        fields, unknown = cleaned(cls._kind, value, cls.model_fields)
+        if unknown:
+            raise refusal(_unknown(f"a {cls._kind.replace('_', ' ')}", unknown), unknown[0])
+        return fields
+
+
+class FunctionCallBody(Dumped):
+    _kind = "function"
+
     name: Name
     arguments: str | dict[str, Any]
 
 
-class ToolCallBody(Body):
+class ToolCallBody(Dumped):
+    _kind = "tool_call"
+
     id: str = Field(min_length=1, max_length=128)
     type: Literal["function"] = "function"
     function: FunctionCallBody
 
 
-class MessageBody(Body):
-    role: Literal["system", "user", "assistant", "tool"]
+class MessageBody(Dumped):
+    _kind = "message"
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    """``developer`` is OpenAI's newer name of ``system``, and means the same here."""
     content: Text | None = None
+    refusal: str | None = None
+    """The answer's text where the model declined; counts where there is no content."""
     tool_calls: list[ToolCallBody] | None = None
     tool_call_id: str | None = Field(default=None, max_length=128)
     name: Name | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _explain_old_forms(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if value.get("function_call"):
+            raise refusal(
+                "function_call is the old form of a call: send it in tool_calls, and its result as "
+                "a message of role tool",
+                "function_call",
+            )
+        # Empty means absent where the field, if it is there, must hold something.
+        empty = [name for name in ("name", "tool_call_id") if value.get(name) == ""]
+        return {name: each for name, each in value.items() if name not in empty}
+
     @model_validator(mode="after")
-    def _says_something(self) -> MessageBody:
+    def _consistent(self) -> MessageBody:
         if self.tool_calls and self.role != "assistant":
             raise refusal("only an assistant message has tool_calls")
         if self.tool_call_id is not None and self.role != "tool":
             raise refusal("only a tool message has a tool_call_id")
-        if self.role == "tool":
-            if self.content is None:
-                raise refusal("a tool message needs content ('' if empty)")
-        elif not self.content and not self.tool_calls:
-            raise refusal(f"a message of role {self.role} needs content")
+        if self.refusal and self.role != "assistant":
+            raise refusal("only an assistant message has a refusal")
+        if self.content is None and self.role != "assistant":
+            raise refusal(f"a message of role {self.role} needs content ('' if empty)")
         return self
 
     def to_message(self) -> Message:
@@ -103,12 +155,16 @@ class MessageBody(Body):
             ToolCall(call.id, call.function.name, _arguments(call.function.arguments))
             for call in self.tool_calls or ()
         )
-        return Message(self.role, self.content or "", calls, self.tool_call_id, self.name)
+        role = "system" if self.role == "developer" else self.role
+        text = self.content or self.refusal or ""
+        return Message(role, text, calls, self.tool_call_id, self.name)
 
 
 def _arguments(arguments: str | dict[str, Any]) -> Any:
     if not isinstance(arguments, str):
         return arguments
+    if not arguments.strip():
+        return {}  # What some servers write for a call without arguments.
     try:
         return json.loads(arguments)
     except (ValueError, RecursionError):
@@ -122,7 +178,9 @@ class FunctionBody(Body):
     strict: bool | None = None
 
 
-class ToolBody(Body):
+class ToolBody(Dumped):
+    _kind = "tool"
+
     type: Literal["function"] = "function"
     function: FunctionBody
 
@@ -146,7 +204,15 @@ class OpenBody(Body):
             raise refusal(f"defined twice: {sorted(twice)}", "tools")
         if reserved := RESERVED_KWARGS & self.chat_template_kwargs.keys():
             raise refusal(f"not settable: {sorted(reserved)}", "chat_template_kwargs")
-        if self.system is not None and self.messages and self.messages[0].role == "system":
+        if (
+            self.system is not None
+            and self.messages
+            and self.messages[0].role
+            in (
+                "system",
+                "developer",
+            )
+        ):
             raise refusal("messages begin with a system message too", "system")
         return self
 

@@ -98,6 +98,17 @@ class ChatTemplate:
             or as_any.replace(PROBE_NAME, "tool") != (as_tool.replace(PROBE_NAME, "tool"))
         )
 
+    @cached_property
+    def takes_later_system(self) -> bool:
+        """Whether a system message further down is rendered, neither left out nor refused."""
+        later = {"role": "system", "content": PROBE_NAME}
+        said = {"role": "assistant", "content": "zq"}
+        rendered = self._try([_user(), said, later, _user()])
+        if rendered is None:
+            # Whether it is the message that the template minds.
+            return self._try([_user(), said, _user()]) is None
+        return PROBE_NAME in rendered
+
     def render(
         self, head: Head, messages: Sequence[Message], *, generation_prompt: bool, native: bool
     ) -> str:
@@ -109,6 +120,12 @@ class ChatTemplate:
         Raises:
             TemplateRefusedError: The template raised, or the model has none.
         """
+        if not self.takes_later_system and any(each.role == "system" for each in messages):
+            raise TemplateRefusedError(
+                "messages",
+                "the model's chat template renders no system message after the first; put it into "
+                "the system prompt, or send it as a user message",
+            )
         conversation = native_form(messages) if native else plain_form(messages)
         system, tools = head.system, list(head.tools) or None
         if tools and not self.takes_tools:

@@ -117,6 +117,7 @@ async def test_an_error_in_a_stream_is_its_last_event() -> None:
 
 
 TEXT = {"text": "x"}
+PART = {"type": "text", "text": "x"}
 BAD = [
     (b"{", "body"),
     (b"", "body"),
@@ -130,9 +131,12 @@ BAD = [
     ({"messages": [1]}, "messages[0]"),
     ({"messages": [{}]}, "messages[0].role"),
     ({"messages": [USER, {"role": "wizard", "content": "x"}]}, "messages[1].role"),
-    ({"messages": [{"role": "user", "content": ""}]}, "messages[0]"),
+    ({"messages": [{"role": "user"}]}, "messages[0]"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0]"),
+    ({"messages": [{**USER, "audio": {"id": "a"}}]}, "messages[0].audio"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+    ({"messages": [{**USER, "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
+    ({"messages": [{**USER, "content": [{**PART, "lang": "en"}]}]}, "messages[0].content[0].lang"),
     ({"messages": [{**USER, "tool_call_id": "x"}]}, "messages[0]"),
     ({"messages": [USER], "text": "x"}, "messages, text"),
     ({"text": ""}, "text"),
