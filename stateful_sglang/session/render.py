@@ -231,10 +231,15 @@ class DeltaRenderer:
         )
 
     def _guarded(self, head: Head) -> Head:
-        guarded = self._heads.get(head.key)
-        if guarded is None:
-            guarded = self._heads[head.key] = self._guard.head(head)
-            if len(self._heads) > _HEADS_KEPT:
-                self._heads.popitem(last=False)
+        try:
+            guarded = self._heads.get(head.key)
+            if guarded is None:
+                guarded = self._heads[head.key] = self._guard.head(head)
+        except RecursionError as error:
+            raise InvalidInputError(
+                "tools", "tools or chat_template_kwargs are nested too deep"
+            ) from error
+        if len(self._heads) > _HEADS_KEPT:
+            self._heads.popitem(last=False)
         self._heads.move_to_end(head.key)
         return guarded

@@ -379,6 +379,8 @@ def test_arguments_nested_too_deep_are_refused(smollm_tokenizer: Any) -> None:
     deep: Any = json.loads("[" * 900 + "]" * 900)
     for _ in range(200):
         deep = [deep]
+    with pytest.raises(InvalidInputError):
+        model.renderer.check_head(Head(template_kwargs={"a": deep}))
     message = Message("assistant", "", (ToolCall("call00001", "f", {"a": deep}),))
     with pytest.raises(InvalidInputError):
         model.render(Head(), Message("user", "a"), message)

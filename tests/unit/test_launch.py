@@ -52,6 +52,13 @@ def test_another_quantisation_names_the_known_ones() -> None:
         launch.parse(["--cpu-quant", "int4"])
 
 
+def test_content_is_text_unless_told_otherwise() -> None:
+    assert launch.parse([])[0].content_tokens == PluginConfig().content_tokens == "text"
+    assert launch.parse(["--content-tokens", "special"])[0].content_tokens == "special"
+    with pytest.raises(LaunchError, match="--content-tokens"):
+        launch.parse(["--content-tokens", "yes"])
+
+
 def test_int8_without_kernels_says_why_there_are_none(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
