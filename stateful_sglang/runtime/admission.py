@@ -75,6 +75,23 @@ _SESSION_FIELDS: Mapping[str, type] = {
     "replace": bool,
     "drop_previous_output": bool,
 }
+_REQUIRED = ("return_logprob", "logprob_start_len", "top_logprobs_num", "return_sampling_mask")
+_NESTED = ("token_ids_logprob", "multi_item_delimiter_indices", "token_indices_to_pool")
+_PER_PROMPT = (
+    *_REQUIRED,
+    *_NESTED,
+    "sampling_params",
+    "sampling_logprobs_mode",
+    "return_hidden_states",
+    "lora_path",
+    "custom_logit_processor",
+    "bootstrap_host",
+    "bootstrap_port",
+    "bootstrap_room",
+    "bootstrap_pair_key",
+    "decode_tp_size",
+)
+"""Fields that may be lists with a value a prompt; those nested are lists for each prompt."""
 _POSITIONS = ("multi_item_delimiter_indices", "token_indices_to_pool")
 _FLOAT16_MAX = 65504.0
 
@@ -123,7 +140,7 @@ def check(obj: Any, *, vocab_size: int, hidden_size: int) -> None:
         raise RefusedError(
             "sampling_params: [] can't be used; expected one object a prompt, or none"
         )
-    _check_fan_out(obj, given)
+    _check_batch(obj)
     if (session := getattr(obj, "session_params", None)) is not None:
         _check_session(session)
     for name in ("positional_embed_overrides", "embed_overrides"):
@@ -171,14 +188,40 @@ def _is_text_list(value: Any) -> bool:
     return all(isinstance(each, str) for each in texts)
 
 
-def _check_fan_out(obj: Any, given: Any) -> None:
-    first = given[0] if isinstance(given, list) else given
-    copies = (first or {}).get("n") or 1
-    inputs = obj.text if obj.text is not None else obj.input_ids
-    batch = len(inputs) if isinstance(inputs, list) and copies > 1 else 1
-    if obj.text is None and inputs and isinstance(inputs[0], int):
-        batch = 1
-    if copies * batch > bounds.MAX_FAN_OUT:
+def _batch_size(obj: Any) -> int | None:
+    """Prompts of a batch; None for one prompt that comes alone."""
+    if obj.text is not None:
+        return len(obj.text) if isinstance(obj.text, list) else None
+    if obj.input_ids is not None:
+        return len(obj.input_ids) if obj.input_ids and _is_list(obj.input_ids[0]) else None
+    embeds = obj.input_embeds
+    if not embeds or not _is_list(embeds[0]) or not embeds[0] or not _is_list(embeds[0][0]):
+        return None
+    return len(embeds)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _check_batch(obj: Any) -> None:
+    """Lists that hold a value a prompt: SGLang takes them on trust, and dies of a wrong length."""
+    batch = _batch_size(obj)
+    for name in _PER_PROMPT:
+        value = getattr(obj, name, None)
+        if name in _NESTED and not (isinstance(value, list) and value and _is_list(value[0])):
+            continue
+        if not isinstance(value, list):
+            continue
+        if batch is None:
+            raise RefusedError(f"{name}: a list for one prompt; expected one value")
+        if len(value) != batch:
+            raise RefusedError(f"{name}: {len(value)} values for {batch} prompts; expected as many")
+        if name in _REQUIRED and not all(isinstance(each, int) for each in value):
+            raise RefusedError(f"{name}: null or a list for a prompt; expected a value for each")
+    given = obj.sampling_params
+    copies = ((given[0] if isinstance(given, list) else given) or {}).get("n") or 1
+    if copies > 1 and copies * (batch or 1) > bounds.MAX_FAN_OUT:
         raise RefusedError(
             f"sampling_params.n: {copies} answers to each of {batch} prompts; expected at most "
             f"{bounds.MAX_FAN_OUT} in all"
