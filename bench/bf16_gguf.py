@@ -57,7 +57,7 @@ def write_bf16(source: Path, target: Path) -> None:
 
 def ensure(folder: Path) -> Path:
     """The bf16 GGUF of the embedded model in `folder`, written there if it is missing."""
-    from stateful_sglang.model import find_gguf
+    from stateful_sglang.embedded.cache import find_gguf
 
     source = find_gguf()
     target = folder / f"{source.stem}.bf16.gguf"
@@ -68,6 +68,6 @@ def ensure(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    from stateful_sglang.model import find_gguf
+    from stateful_sglang.embedded.cache import find_gguf
 
     write_bf16(find_gguf(), Path(sys.argv[1]))

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from stateful_sglang import launch
-from stateful_sglang.cpu import processes
+from stateful_sglang.server import processes
 
 KEPT = 0.2
 """Share of refuted drafts that are emitted all the same."""
@@ -26,7 +26,7 @@ def prefer_the_draft(sampled: int, drafted: int) -> int:
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
     """SGLang's scheduler process with the verifier biased."""
-    from stateful_sglang.runtime.draft_worker import PromptLookupWorker
+    from stateful_sglang.runtime.speculation.worker import PromptLookupWorker
 
     PromptLookupWorker.emit = staticmethod(prefer_the_draft)
     _run(*args, **kwargs)

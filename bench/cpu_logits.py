@@ -150,7 +150,7 @@ def main() -> int:
     prepare()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from stateful_sglang.model import ensure_default_model
+    from stateful_sglang.embedded.cache import ensure_default_model
 
     path = str(ensure_default_model(None))
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -226,8 +226,8 @@ def main() -> int:
     if args.rounds is None:
         args.rounds = 1 if args.quick else 2
     arms = _chosen(parser, args.arms)
-    from stateful_sglang.machine import usable_cores
-    from stateful_sglang.model import ensure_default_model
+    from stateful_sglang.embedded.cache import ensure_default_model
+    from stateful_sglang.server.machine import usable_cores
 
     model = args.model or ensure_default_model()
     setting = Setting(model.absolute(), args.peers.absolute(), usable_cores())

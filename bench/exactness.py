@@ -171,7 +171,7 @@ def main() -> int:
     args = parser.parse_args()
 
     from stateful_sglang.cpu.platform import prepare
-    from stateful_sglang.model import ensure_default_model
+    from stateful_sglang.embedded.cache import ensure_default_model
 
     prepare()
     model = ensure_default_model()

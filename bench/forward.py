@@ -185,7 +185,7 @@ class Steps:
         )
         from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-        from stateful_sglang.runtime.draft_input import LookupVerifyInput
+        from stateful_sglang.runtime.speculation.verify_input import LookupVerifyInput
 
         torch, count = self._torch, cell.batch
         rows = torch.arange(1, count + 1)
@@ -229,7 +229,7 @@ def main() -> None:
     """Measure once and print the medians."""
     from statistics import median
 
-    from stateful_sglang.machine import usable_cores
+    from stateful_sglang.server.machine import usable_cores
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

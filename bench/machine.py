@@ -24,7 +24,7 @@ MATRICES = ((2048, 2048, 2048), (4096, 1024, 4096), (2048, 576, 3072), (2048, 15
 
 def measure(seconds: float = 5.0) -> Rates:
     """Rates of this machine, in a process with one thread for each usable core."""
-    from stateful_sglang.machine import usable_cores
+    from stateful_sglang.server.machine import usable_cores
 
     environment = {**os.environ, "OMP_NUM_THREADS": str(usable_cores())}
     done = subprocess.run(

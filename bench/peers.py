@@ -171,7 +171,7 @@ def _int8_cost(setting: Setting) -> ModelCost:
 
 
 def _q4_gguf(setting: Setting) -> Path:
-    from stateful_sglang.model import find_gguf
+    from stateful_sglang.embedded.cache import find_gguf
 
     return find_gguf()
 

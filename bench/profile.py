@@ -135,7 +135,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     args, arguments = parser.parse_known_args()
-    from stateful_sglang.machine import usable_cores
+    from stateful_sglang.server.machine import usable_cores
 
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     served = {

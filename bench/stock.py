@@ -13,8 +13,8 @@ import sys
 
 def main() -> None:
     """Serve until stopped."""
-    from stateful_sglang.cpu import processes  # Importing it prepares this process for SGLang.
     from stateful_sglang.runtime.config import ENV
+    from stateful_sglang.server import processes  # Importing it prepares this process for SGLang.
 
     os.environ.pop(ENV, None)  # Our plugin stays idle without its settings.
     from sglang.srt.entrypoints.http_server import launch_server

@@ -81,7 +81,7 @@ def model(
     cache_dir: CacheDir = None,
 ) -> None:
     """The embedded default model: where it is, convert it now, or check it."""
-    from stateful_sglang import model as models
+    from stateful_sglang.embedded import cache as models
 
     if action is ModelAction.PATH:
         print(models.model_path(cache_dir))
@@ -103,7 +103,7 @@ def model(
 
 
 def _ensure(cache_dir: Path | None) -> Path:
-    from stateful_sglang import model as models
+    from stateful_sglang.embedded import cache as models
 
     if not sys.stderr.isatty():
         return models.ensure_default_model(cache_dir)

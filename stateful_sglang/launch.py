@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stateful_sglang import arguments, loopback, preflight, quiet, ready
-from stateful_sglang.arguments import DEFAULT_HOST, DEFAULT_PORT, LaunchError
+from stateful_sglang import loopback
 from stateful_sglang.runtime.config import PluginConfig
+from stateful_sglang.server import arguments, preflight, quiet, ready
+from stateful_sglang.server.arguments import DEFAULT_HOST, DEFAULT_PORT, LaunchError
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ def serve(server_args: Any, config: PluginConfig) -> None:
     from sglang.srt.utils import kill_process_tree
 
     from stateful_sglang.api import unserved
-    from stateful_sglang.cpu import processes
+    from stateful_sglang.server import processes
 
     torch.set_num_threads(1)  # This process tokenises and serves HTTP; the scheduler computes.
     unserved.attach(app)
@@ -171,9 +172,9 @@ def _stateful_client(config: PluginConfig) -> dict[str, Any]:
     from sglang.srt.entrypoints.http_server import app
 
     from stateful_sglang.api import access_log
-    from stateful_sglang.api.routes import build_router
-    from stateful_sglang.api.service import Limits
-    from stateful_sglang.runtime.client import SGLangEngine, stateful_tokenizer_manager
+    from stateful_sglang.api.native.routes import build_router
+    from stateful_sglang.runtime.sessions.engine import SGLangEngine, stateful_tokenizer_manager
+    from stateful_sglang.service.service import Limits
 
     access_log.install()
     limits = Limits(content_tokens=config.content_tokens)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from stateful_sglang.attachments.check import Attachment
 from stateful_sglang.cpu import layers, platform
-from stateful_sglang.runtime.attachments import Attachment
 
 _LAYERS = "sglang.srt.layers"
 

@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from stateful_sglang.model import cache_root
+from stateful_sglang.embedded.cache import cache_root
 
 logger = logging.getLogger(__name__)
 

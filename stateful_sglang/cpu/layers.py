@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from stateful_sglang.attachments.check import Attachment
 from stateful_sglang.cpu import extension
-from stateful_sglang.runtime.attachments import Attachment
 
 _SRT = "sglang.srt"
 _UPDATER = f"{_SRT}.model_executor.model_runner_components.weight_updater.WeightUpdater"

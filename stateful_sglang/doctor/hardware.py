@@ -7,14 +7,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from stateful_sglang import model as models
 from stateful_sglang.doctor.finding import INSTALL, Finding
+from stateful_sglang.embedded import cache as models
 
 
 def device() -> Finding:
     import torch
 
-    from stateful_sglang import machine
+    from stateful_sglang.server import machine
 
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -95,7 +95,8 @@ def kernels() -> Finding:
 
 
 def memory(cache_dir: Path | None) -> Finding:
-    from stateful_sglang import device, machine
+    from stateful_sglang.server import cpu_settings as device
+    from stateful_sglang.server import machine
 
     here = machine.probe()
     free = f"{here.free_memory / (1 << 30):.1f} GiB free"
@@ -113,8 +114,8 @@ def memory(cache_dir: Path | None) -> Finding:
 
 
 def port(port: int) -> Finding:
-    from stateful_sglang import machine
     from stateful_sglang.launch import DEFAULT_HOST
+    from stateful_sglang.server import machine
 
     if port == 0:
         return Finding("port", "ok", "any free one")

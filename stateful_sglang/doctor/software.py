@@ -79,7 +79,7 @@ def packages() -> Finding:
 def attachments() -> Finding:
     if version_of("sglang") is None:
         return Finding("attachments", "fail", "not checked: SGLang is missing", INSTALL)
-    from stateful_sglang.runtime import attachments
+    from stateful_sglang.attachments import check as attachments
 
     rows = attachments.check()
     changed = [row for row in rows if not row.holds]

@@ -15,7 +15,7 @@ from fastapi import HTTPException
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from stateful_sglang.runtime.attachments import Attachment
+from stateful_sglang.attachments.check import Attachment
 from stateful_sglang.session import bounds
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"

@@ -1,9 +1,11 @@
 """The table of everything we attach to in SGLang, gathered from the rooms.
 
 ``python -m stateful_sglang.runtime.catalogue`` compares it with what is committed and exits with
-1 where they differ; ``--write`` renews ``attachments.json`` and ``patches/README.md``. Renew it
-only after reading what changed upstream: the fingerprint is a promise that somebody did.
+1 where they differ; ``--write`` renews ``attachments/table.json`` and ``patches/README.md``.
+Renew it only after reading what changed upstream: the fingerprint is a promise that somebody did.
 """
+
+# ruff: noqa: E402 - SGLang imports only after prepare()
 
 from __future__ import annotations
 
@@ -17,18 +19,14 @@ from stateful_sglang.cpu.platform import prepare
 
 prepare()
 
-from stateful_sglang import cpu  # noqa: E402 - SGLang imports only after prepare()
-from stateful_sglang.prefix import tree  # noqa: E402
-from stateful_sglang.runtime import (  # noqa: E402
-    admission,
-    client,
-    draft_spec,
-    draft_worker,
-    min_tokens,
-    requests,
-    scheduler,
-)
-from stateful_sglang.runtime.attachments import TABLE, Attachment, fingerprint  # noqa: E402
+from stateful_sglang import cpu
+from stateful_sglang.attachments.check import TABLE, Attachment, fingerprint
+from stateful_sglang.runtime import admission, min_tokens
+from stateful_sglang.runtime.sessions import engine as client
+from stateful_sglang.runtime.sessions import requests, scheduler
+from stateful_sglang.runtime.speculation import algorithm as draft_spec
+from stateful_sglang.runtime.speculation import worker as draft_worker
+from stateful_sglang.runtime.tree import cache as tree
 
 ATTACHMENTS: tuple[Attachment, ...] = tuple(
     sorted(

@@ -11,7 +11,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from stateful_sglang.runtime.attachments import Attachment
+from stateful_sglang.attachments.check import Attachment
 
 _PREPARE = "sglang.srt.sampling.penaltylib.min_new_tokens.BatchedMinNewTokensPenalizer._prepare"
 ATTACHMENTS = (

@@ -28,7 +28,7 @@ def activate() -> None:
 
 def _attach(config: PluginConfig) -> None:
     from stateful_sglang import cpu
-    from stateful_sglang.runtime import attachments
+    from stateful_sglang.attachments import check as attachments
 
     attachments.require_match()
     cpu.attach(int8=config.cpu_quant == "int8")
@@ -37,8 +37,10 @@ def _attach(config: PluginConfig) -> None:
     admission.attach()
     if not config.stateful:
         return
-    from stateful_sglang.prefix import tree
-    from stateful_sglang.runtime import draft_spec, min_tokens, scheduler
+    from stateful_sglang.runtime import min_tokens
+    from stateful_sglang.runtime.sessions import scheduler
+    from stateful_sglang.runtime.speculation import algorithm as draft_spec
+    from stateful_sglang.runtime.tree import cache as tree
 
     tree.register(config.pin_budget)
     if config.draft != "off":

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from stateful_sglang.rendering.templates import PROBE_CALL
 from stateful_sglang.session.messages import Head, Message
-from stateful_sglang.session.template import PROBE_CALL
 
 Shape = tuple[tuple[str, ...], ...]
 """Kinds of messages since the last user message, a tuple for each step: the user's, then one for

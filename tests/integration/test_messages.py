@@ -12,7 +12,7 @@ from openai.types.chat.chat_completion_message_function_tool_call import Functio
 from transformers import PreTrainedTokenizerFast
 
 from bench.server import Server
-from stateful_sglang import model
+from stateful_sglang.embedded import cache as model
 
 pytestmark = pytest.mark.server
 

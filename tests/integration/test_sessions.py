@@ -14,7 +14,7 @@ import pytest
 
 from bench import exactness
 from bench.server import Server
-from stateful_sglang import frontend
+from stateful_sglang import client as frontend
 from stateful_sglang.session.ids import digest
 
 pytestmark = pytest.mark.server

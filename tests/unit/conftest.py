@@ -12,13 +12,13 @@ import pytest
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the default model's tokenizer, from the model cache or fresh from its GGUF."""
-    from stateful_sglang import model
     from stateful_sglang.cpu.platform import prepare
+    from stateful_sglang.embedded import cache as model
 
     prepare()
     if model.check().problem is None:
         return model.model_path()
-    from stateful_sglang.convert import save_tokenizer
+    from stateful_sglang.embedded.conversion import save_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(model.find_gguf(), folder, 8192)

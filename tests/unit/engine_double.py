@@ -18,7 +18,7 @@ import jinja2
 from tokenizers import AddedToken
 
 from stateful_sglang.grammar.errors import ConstraintError
-from stateful_sglang.session.engine import TurnProgress, TurnRequest
+from stateful_sglang.service.engine import TurnProgress, TurnRequest
 from stateful_sglang.session.rank import RankSessions
 
 CHATML = (

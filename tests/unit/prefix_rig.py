@@ -33,7 +33,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache  # noqa: 
 from sglang.srt.runtime_context import get_context  # noqa: E402
 from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
-from stateful_sglang.prefix.tree import CardinalPrefixTree  # noqa: E402
+from stateful_sglang.runtime.tree.cache import CardinalPrefixTree  # noqa: E402
 
 get_context().override_server_args(device="cpu").install()
 

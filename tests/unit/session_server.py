@@ -11,8 +11,8 @@ import uvicorn
 from engine_double import EngineDouble
 from fastapi import FastAPI
 
-from stateful_sglang.api.routes import build_router
-from stateful_sglang.api.service import Limits
+from stateful_sglang.api.native.routes import build_router
+from stateful_sglang.service.service import Limits
 
 
 def app_of(engine: EngineDouble, **limits: Any) -> FastAPI:

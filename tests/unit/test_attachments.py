@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from stateful_sglang.runtime import attachments
-from stateful_sglang.runtime.attachments import FingerprintMismatchError
+from stateful_sglang.attachments import check as attachments
+from stateful_sglang.attachments.check import FingerprintMismatchError
 
 
 def test_every_committed_fingerprint_holds_for_the_installed_sglang() -> None:

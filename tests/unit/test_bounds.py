@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from stateful_sglang.api.schemas import AppendBody
+from stateful_sglang.api.native.schemas import AppendBody
 from stateful_sglang.cpu.platform import prepare
 from stateful_sglang.session import bounds
 
@@ -220,7 +220,7 @@ from sglang.srt.entrypoints.openai.serving_tokenize import OpenAIServingDetokeni
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.plugins.hook_registry import HookRegistry
 from stateful_sglang.runtime import admission
-from stateful_sglang.runtime.client import StatefulTokenizerManager
+from stateful_sglang.runtime.sessions.engine import StatefulTokenizerManager
 
 admission.attach()
 HookRegistry.apply_hooks()

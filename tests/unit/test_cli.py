@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from stateful_sglang import SGLANG_VERSION, launch, model
+from stateful_sglang import SGLANG_VERSION, launch
 from stateful_sglang.cli import app
+from stateful_sglang.embedded import cache as model
 
 
 def run(*arguments: str):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from stateful_sglang import arguments, conflicts
-from stateful_sglang.arguments import LaunchError
 from stateful_sglang.cpu.platform import prepare
 from stateful_sglang.runtime.config import PluginConfig
+from stateful_sglang.server import arguments, conflicts
+from stateful_sglang.server.arguments import LaunchError
 
 SESSIONS = PluginConfig(stateful=True, draft="off")
 REVIEWED = Path(__file__).with_name("reviewed_arguments.txt")

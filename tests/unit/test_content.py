@@ -12,12 +12,12 @@ from chat_families import FAMILIES, QWEN_TAGS, Family
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from stateful_sglang.session.content import ContentGuard
+from stateful_sglang.rendering.content import ContentGuard
+from stateful_sglang.rendering.delta import DeltaRenderer
+from stateful_sglang.rendering.spellings import protected_tokens
+from stateful_sglang.rendering.templates import ChatTemplate
 from stateful_sglang.session.conversation import Conversation, absorb_system
 from stateful_sglang.session.messages import Head, Message, ToolCall, native_form, plain_form
-from stateful_sglang.session.render import DeltaRenderer
-from stateful_sglang.session.spellings import protected_tokens
-from stateful_sglang.session.template import ChatTemplate
 from stateful_sglang.session.transcript import Transcript
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -365,7 +365,7 @@ def test_an_empty_assistant_message_does_not_break_the_turns_after_it(
 
 def test_a_page_of_tags_is_searched_in_linear_time() -> None:
     """The expression tries one letter at a time, not one spelling after the other."""
-    from stateful_sglang.session.spellings import pattern_of
+    from stateful_sglang.rendering.spellings import pattern_of
 
     pattern = pattern_of(f"<unused{number}>" for number in range(6000))
     assert pattern.pattern.count("unused") == 1

@@ -8,9 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stateful_sglang import device
-from stateful_sglang.device import ModelShape, NotEnoughMemoryError, Wanted, choose, model_shape
-from stateful_sglang.machine import Machine
+from stateful_sglang.server import cpu_settings as device
+from stateful_sglang.server.cpu_settings import (
+    ModelShape,
+    NotEnoughMemoryError,
+    Wanted,
+    choose,
+    model_shape,
+)
+from stateful_sglang.server.machine import Machine
 
 GIB = 1 << 30
 SMOLLM2_CONFIG = {

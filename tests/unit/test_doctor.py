@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from stateful_sglang import doctor, model
+from stateful_sglang import doctor
+from stateful_sglang.attachments import check as attachments
 from stateful_sglang.cpu import extension
 from stateful_sglang.doctor import Finding, examine, hardware, healthy, render, software
-from stateful_sglang.machine import Machine
-from stateful_sglang.runtime import attachments
+from stateful_sglang.embedded import cache as model
+from stateful_sglang.server.machine import Machine
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +171,7 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     config = model.model_path() / "config.json"
     shape = {"num_hidden_layers": 30, "hidden_size": 576, "num_attention_heads": 9}
     config.write_text(json.dumps({**shape, "dtype": "bfloat16"}))
-    monkeypatch.setattr("stateful_sglang.machine.probe", lambda: Machine(2, 1 << 28))
+    monkeypatch.setattr("stateful_sglang.server.machine.probe", lambda: Machine(2, 1 << 28))
     found = finding("memory")
     assert found.verdict == "fail"
     assert "too little memory" in found.found
@@ -183,14 +184,16 @@ def test_no_compiler_is_noted_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -
     assert found.remedy == extension.GET_COMPILER
 
 
-@pytest.mark.parametrize("check", ["device.model_shape", "machine.probe", "machine.usable_cores"])
+@pytest.mark.parametrize(
+    "check", ["cpu_settings.model_shape", "machine.probe", "machine.usable_cores"]
+)
 def test_a_check_that_breaks_is_a_row(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (model.model_path() / "config.json").write_text("{}")
 
     def broken(*_: object) -> None:
         raise RuntimeError("unforeseen\nsecond line")
 
-    monkeypatch.setattr(f"stateful_sglang.{check}", broken)
+    monkeypatch.setattr(f"stateful_sglang.server.{check}", broken)
     findings = list(examine(0))
     assert len(findings) == len({each.name for each in findings}) == 13
     assert any(each.found == "RuntimeError: unforeseen" for each in findings)

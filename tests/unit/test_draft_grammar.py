@@ -15,7 +15,7 @@ prepare()
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar  # noqa: E402
 from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo  # noqa: E402
 
-from stateful_sglang.runtime.draft_grammar import cut_and_mask, spread  # noqa: E402
+from stateful_sglang.runtime.speculation.grammar import cut_and_mask, spread  # noqa: E402
 
 VOCAB = 49_152
 SCHEMA = {

@@ -13,7 +13,7 @@ prepare()
 
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm  # noqa: E402
 
-from stateful_sglang.runtime import draft_spec  # noqa: E402
+from stateful_sglang.runtime.speculation import algorithm as draft_spec  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from session_server import app_of, served
 
-from stateful_sglang import frontend
-from stateful_sglang.frontend.events import EventReader
+from stateful_sglang import client as frontend
+from stateful_sglang.client.events import EventReader
 
 pytestmark = pytest.mark.anyio
 

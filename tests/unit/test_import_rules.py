@@ -11,10 +11,10 @@ PURE = (
     "stateful_sglang.session.bounds",
     "stateful_sglang.grammar.constraints",
     "stateful_sglang.grammar.prepare",
-    "stateful_sglang.session.engine",
+    "stateful_sglang.service.engine",
     "stateful_sglang.session.ids",
     "stateful_sglang.session.rank",
-    "stateful_sglang.session.render",
+    "stateful_sglang.rendering.delta",
     "stateful_sglang.session.store",
     "stateful_sglang.session.transcript",
     "stateful_sglang.prefix.paths",
@@ -23,7 +23,7 @@ PURE = (
     "stateful_sglang.draft.index",
     "stateful_sglang.draft.indexes",
     "stateful_sglang.draft.select",
-    "stateful_sglang.runtime.attachments",
+    "stateful_sglang.attachments.check",
     "stateful_sglang.runtime.config",
 )
 

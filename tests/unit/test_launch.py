@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from stateful_sglang import arguments, launch, preflight
-from stateful_sglang.arguments import LaunchError
+from stateful_sglang import launch
 from stateful_sglang.cpu.platform import prepare
 from stateful_sglang.runtime.config import PluginConfig
+from stateful_sglang.server import arguments, preflight
+from stateful_sglang.server.arguments import LaunchError
 
 
 @pytest.fixture

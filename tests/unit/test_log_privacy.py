@@ -11,7 +11,7 @@ import uvicorn
 
 from stateful_sglang.api import access_log
 from stateful_sglang.cpu.platform import prepare
-from stateful_sglang.session.engine import TurnRequest
+from stateful_sglang.service.engine import TurnRequest
 from stateful_sglang.session.ids import digest
 from stateful_sglang.session.rank import RankSessions, TurnRefusedError
 
@@ -22,7 +22,7 @@ from sglang.srt.utils.request_logger import (  # noqa: E402 - SGLang imports onl
     _transform_data_for_logging,
 )
 
-from stateful_sglang.runtime.client import TurnInput, TurnOrigin  # noqa: E402
+from stateful_sglang.runtime.sessions.engine import TurnInput, TurnOrigin  # noqa: E402
 
 SECRET = "q7Xw_sEcReT-bearer-id-01"
 

@@ -14,7 +14,7 @@ import requests
 from requests.utils import should_bypass_proxies
 
 from stateful_sglang import loopback
-from stateful_sglang.frontend import AsyncClient, Client
+from stateful_sglang.client import AsyncClient, Client
 
 CLOSED_PORT = "http://127.0.0.1:9"
 VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")

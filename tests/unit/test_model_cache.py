@@ -11,8 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from stateful_sglang import model
-from stateful_sglang.model import CacheState, ModelError, check, ensure_default_model, model_path
+from stateful_sglang.embedded import cache as model
+from stateful_sglang.embedded.cache import (
+    CacheState,
+    ModelError,
+    check,
+    ensure_default_model,
+    model_path,
+)
 
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 40}
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stateful_sglang import model
-from stateful_sglang.convert import save_tokenizer
+from stateful_sglang.embedded import cache as model
+from stateful_sglang.embedded.conversion import save_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,6 @@ def test_another_kind_of_tokenizer_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = {"ggml.model": "llama", "ggml.pre": "default"}
-    monkeypatch.setattr("stateful_sglang.convert._fields", lambda gguf: fields)
+    monkeypatch.setattr("stateful_sglang.embedded.conversion._fields", lambda gguf: fields)
     with pytest.raises(ValueError, match=r"expected \('gpt2', 'smollm'\)"):
         save_tokenizer(tmp_path / "other.gguf", tmp_path, max_length=1)

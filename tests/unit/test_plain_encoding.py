@@ -23,10 +23,10 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from stateful_sglang.session.content import ContentGuard
+from stateful_sglang.rendering.content import ContentGuard
+from stateful_sglang.rendering.plain_encoding import PlainEncoding, plain_encoding
+from stateful_sglang.rendering.spellings import protected_tokens
 from stateful_sglang.session.errors import InvalidInputError
-from stateful_sglang.session.plain_encoding import PlainEncoding, plain_encoding
-from stateful_sglang.session.spellings import protected_tokens
 
 CORPUS = [
     "the end of a turn and the start of another one",

@@ -132,7 +132,7 @@ def test_spawned_processes_are_prepared_by_importing_their_target() -> None:
     printed = run(
         """
         import pickle
-        from stateful_sglang.cpu.processes import run_scheduler_process
+        from stateful_sglang.server.processes import run_scheduler_process
         target = pickle.dumps(run_scheduler_process)
         import subprocess, sys
         code = (

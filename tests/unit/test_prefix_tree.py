@@ -8,7 +8,7 @@ from array import array
 import pytest
 from prefix_rig import ComponentType, RadixKey, Req, Rig, SamplingParams, chain, params
 
-from stateful_sglang.prefix.tree import (
+from stateful_sglang.runtime.tree.cache import (
     SUMMARY_NODES,
     CardinalPrefixTree,
     TreeIntegrityError,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stateful_sglang import preflight
+from stateful_sglang.server import preflight
 
 LAUNCH_AND_LIST = """
 import sys

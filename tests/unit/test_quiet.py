@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from stateful_sglang import quiet, ready
 from stateful_sglang.runtime.config import ENV, PluginConfig
+from stateful_sglang.server import quiet, ready
 
 PRELUDE = """
 import logging, warnings

@@ -17,11 +17,11 @@ from chat_families import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stateful_sglang.rendering.delta import DeltaRenderer, RenderedDelta
+from stateful_sglang.rendering.templates import TemplateRefusedError
 from stateful_sglang.session.conversation import Conversation, absorb_system, advance
 from stateful_sglang.session.errors import InvalidInputError
 from stateful_sglang.session.messages import Head, Message, ToolCall, native_form, plain_form
-from stateful_sglang.session.render import DeltaRenderer, RenderedDelta
-from stateful_sglang.session.template import TemplateRefusedError
 from stateful_sglang.session.transcript import Transcript
 
 CALL = ToolCall("call00001", "read_file", {"path": "src/app.py", "limit": 20})

@@ -18,7 +18,7 @@ from sglang.srt.managers.schedule_batch import (  # noqa: E402 - SGLang comes af
 )
 from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
-from stateful_sglang.runtime import scheduler as runtime  # noqa: E402
+from stateful_sglang.runtime.sessions import scheduler as runtime  # noqa: E402
 
 
 class Streamer:

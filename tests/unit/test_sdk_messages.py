@@ -16,12 +16,12 @@ from openai.types.chat.chat_completion_message_function_tool_call import Functio
 from pydantic import ValidationError
 
 from stateful_sglang.api.errors import from_validation
-from stateful_sglang.api.message_fields import IGNORED_FIELDS
-from stateful_sglang.api.schemas import AppendBody, MessageBody, OpenBody
+from stateful_sglang.api.native.message_fields import IGNORED_FIELDS
+from stateful_sglang.api.native.schemas import AppendBody, MessageBody, OpenBody
+from stateful_sglang.rendering.delta import DeltaRenderer
+from stateful_sglang.rendering.templates import TemplateRefusedError
 from stateful_sglang.session.errors import InvalidInputError
 from stateful_sglang.session.messages import Head, Message, ToolCall
-from stateful_sglang.session.render import DeltaRenderer
-from stateful_sglang.session.template import TemplateRefusedError
 
 CALL = ChatCompletionMessageFunctionToolCall(
     id="call00001",

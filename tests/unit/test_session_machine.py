@@ -19,8 +19,8 @@ from hypothesis.stateful import (
 )
 
 from stateful_sglang.api.errors import EngineError
-from stateful_sglang.api.schemas import AppendBody, OpenBody
-from stateful_sglang.api.service import SessionService
+from stateful_sglang.api.native.schemas import AppendBody, OpenBody
+from stateful_sglang.service.service import SessionService
 from stateful_sglang.session import errors
 
 words = st.text("abc xyz", min_size=1, max_size=12)

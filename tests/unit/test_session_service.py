@@ -11,8 +11,8 @@ from engine_double import END, FORGETFUL, EngineDouble
 from jsonschema import Draft202012Validator
 
 from stateful_sglang.api.errors import EngineError
-from stateful_sglang.api.schemas import AppendBody, OpenBody
-from stateful_sglang.api.service import Limits, SessionService
+from stateful_sglang.api.native.schemas import AppendBody, OpenBody
+from stateful_sglang.service.service import Limits, SessionService
 from stateful_sglang.session import errors
 
 pytestmark = pytest.mark.anyio

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stateful_sglang.api.tool_calls import openai_form, parse_with_sglang
 from stateful_sglang.cpu.platform import prepare
+from stateful_sglang.service.tool_calls import openai_form, parse_with_sglang
 from stateful_sglang.session.messages import Head
 
 HEAD = Head(tools=({"type": "function", "function": {"name": "search"}},))

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from stateful_sglang import arguments, device, suitability
-from stateful_sglang.arguments import LaunchError
 from stateful_sglang.cpu.platform import prepare
+from stateful_sglang.server import arguments, suitability
+from stateful_sglang.server import cpu_settings as device
+from stateful_sglang.server.arguments import LaunchError
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 FALCON_MAMBA: dict[str, Any] = {

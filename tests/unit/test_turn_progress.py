@@ -9,7 +9,7 @@ from stateful_sglang.cpu.platform import prepare
 
 prepare()
 
-from stateful_sglang.runtime.client import _progress  # noqa: E402 - SGLang comes after prepare()
+from stateful_sglang.runtime.sessions.engine import _progress  # noqa: E402 - SGLang comes after prepare()
 
 
 class CountedList(list[int]):

@@ -21,7 +21,7 @@ from sglang.srt.layers import sampler as sglang_sampler  # noqa: E402
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo  # noqa: E402
 from sglang.srt.sampling.sampling_params import TOP_K_ALL  # noqa: E402
 
-from stateful_sglang.runtime import verify  # noqa: E402
+from stateful_sglang.runtime.speculation import verify  # noqa: E402
 
 VOCAB, LENGTH, SAMPLES = 6, 3, 24_000
 DRAFT = [2, 1, 3]

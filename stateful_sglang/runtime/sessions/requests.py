@@ -1,0 +1,55 @@
+"""Messages between the API process and the scheduler ranks.
+
+The append is a kind of SGLang's tokenised generate request, because SGLang decides by type which
+messages are work: data-parallel routing, tensor-parallel broadcast and unpickling all ask
+``isinstance``. Pickle, SGLang's default between its own processes, carries all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.managers.io_struct import BaseReq, TokenizedGenerateReqInput
+
+from stateful_sglang.attachments.check import Attachment
+
+ATTACHMENTS = (
+    Attachment(
+        "sglang.srt.managers.io_struct.TokenizedGenerateReqInput",
+        "subclass",
+        "the append request: routed like a generate request, carrying the delta only",
+    ),
+    Attachment(
+        "sglang.srt.managers.io_struct.BaseReq",
+        "subclass",
+        "control messages: close a session, describe the tree",
+    ),
+)
+
+
+class SessionAppendReq(TokenizedGenerateReqInput, kw_only=True):
+    """One turn: ``input_ids`` holds the delta, the rank holds what precedes it."""
+
+    stateful_session: str
+    base_len: int
+    """Committed transcript length in tokens; a rank drops what it holds beyond it."""
+
+
+class SessionCloseReq(BaseReq, kw_only=True):
+    """Forget a session: its tokens, its pin, its draft index. Not answered."""
+
+    stateful_session: str
+
+
+class TreeSummaryReq(BaseReq, kw_only=True):
+    """Describe the prefix tree, or one session's path in it."""
+
+    stateful_session: str | None
+    limit: int
+    """Most nodes to list."""
+
+
+class TreeSummaryReqOutput(BaseReq, kw_only=True):
+    """The answer to a :class:`TreeSummaryReq` with the same ``rid``."""
+
+    summary: dict[str, Any]

@@ -1,0 +1,179 @@
+"""A scheduler rank with sessions: what our requests do there, and where a turn ends.
+
+The rank's state is one :class:`SchedulerSessions` held by the scheduler. A turn begins when its
+append request arrives and ends where SGLang lets go of the request: with the output that carries
+its finish reason, or with the abort message for one that never ran.
+"""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.utils import TypeBasedDispatcher
+
+from stateful_sglang.attachments.check import Attachment
+from stateful_sglang.runtime.sessions.requests import (
+    SessionAppendReq,
+    SessionCloseReq,
+    TreeSummaryReq,
+    TreeSummaryReqOutput,
+)
+from stateful_sglang.runtime.tree.cache import ended_well, logits_broke
+from stateful_sglang.session.rank import RankSessions, RankTurn, TurnRefusedError
+
+logger = logging.getLogger(__name__)
+
+_SCHEDULER = "sglang.srt.managers.scheduler"
+_STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
+ATTACHMENTS = (
+    Attachment(
+        f"{_SCHEDULER}.Scheduler.init_request_dispatcher",
+        "hook",
+        "append, close and tree requests reach the rank's sessions",
+    ),
+    Attachment(
+        f"{_SCHEDULER}.Scheduler.handle_generate_request",
+        "subclass",
+        "an append becomes an ordinary request once its history is put before the delta",
+    ),
+    Attachment(
+        f"{_STREAMER}.stream_output",
+        "hook",
+        "the output with the finish reason ends a turn: KV and tree are settled by then",
+    ),
+    Attachment(
+        f"{_SCHEDULER}._make_abort_req",
+        "hook",
+        "the only message that ends a request which never reached the output streamer",
+    ),
+)
+
+
+class SchedulerSessions:
+    """The sessions of one rank, bound to its scheduler."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self.ranks = RankSessions()
+        self._tree = scheduler.tree_cache
+        self._tree.bind_sessions(self.ranks.turn_of)
+        self._indexes = getattr(scheduler.draft_worker, "indexes", None)
+        if self._indexes is not None:
+            self._indexes.bind_sessions(self.ranks.turn_of)
+
+    def append(self, request: SessionAppendReq) -> None:
+        """Put the session's history before the delta and hand the request to SGLang."""
+        assert request.input_ids is not None
+        try:
+            request.input_ids = self.ranks.begin_turn(
+                request.stateful_session, request.rid, request.base_len, request.input_ids
+            )
+        except TurnRefusedError as error:
+            self._reject(request, error)
+            return
+        self._scheduler.handle_generate_request(request)
+
+    def close(self, request: SessionCloseReq) -> None:
+        """Forget the session's tokens, its place in the tree and its draft index."""
+        session_id = request.stateful_session
+        self.ranks.close(session_id)
+        self._tree.release_session_leaf(session_id)
+        if self._indexes is not None:
+            self._indexes.close(session_id)
+
+    def summarise(self, request: TreeSummaryReq) -> TreeSummaryReqOutput:
+        """Describe the tree, or one session's path in it."""
+        if request.stateful_session is None:
+            summary = self._tree.summary(request.limit)
+        else:
+            path = self._tree.session_path(request.stateful_session, request.limit)
+            truncated = bool(path) and path[0].depth > path[0].tokens
+            summary = {"path": [node._asdict() for node in path], "truncated": truncated}
+        return TreeSummaryReqOutput(rid=request.rid, summary=summary)
+
+    def end(self, req: Req) -> RankTurn | None:
+        """End the request's turn: keep its output unless it was aborted."""
+        if self.ranks.turn_of(req.rid) is None:
+            return None
+        output = delivered_output(req) if ended_well(req) else None
+        turn = self.ranks.finish_turn(req.rid, output)
+        if turn is not None and turn.session_id not in self.ranks:
+            # Closed while the turn ran, which has put it back into the tree since.
+            self._tree.release_session_leaf(turn.session_id)
+        return turn
+
+    def tell_failure(self, req: Req) -> None:
+        """Make logits that were not numbers, which SGLang calls a stop, an error of the turn."""
+        if self.ranks.turn_of(req.rid) is not None and logits_broke(req):
+            req.finished_reason = FINISH_ABORT(
+                "the model's logits were not numbers", HTTPStatus.INTERNAL_SERVER_ERROR, "broken"
+            )
+
+    def _reject(self, request: SessionAppendReq, error: TurnRefusedError) -> None:
+        logger.warning("turn rejected: %s", error)
+        req = Req(
+            request.rid,
+            None,
+            request.input_ids,
+            request.sampling_params,
+            stream=request.stream,
+            vocab_size=self._scheduler.model_config.vocab_size,
+            http_worker_ipc=request.http_worker_ipc,
+            time_stats=request.time_stats,
+        )
+        req.tokenizer = self._scheduler.tokenizer
+        req.finished_reason = FINISH_ABORT(str(error), HTTPStatus.CONFLICT, error.kind)
+        self._scheduler.output_streamer.stream_output([req], False)
+
+
+def delivered_output(req: Req) -> list[int]:
+    """Output tokens cut at what the client was given: speculation can overshoot the stop."""
+    return list(req.output_ids_through_stop)
+
+
+def attach() -> None:
+    """Register the scheduler's hooks; SGLang applies them when all plugins have run."""
+    HookRegistry.register(
+        f"{_SCHEDULER}.Scheduler.init_request_dispatcher", _add_requests, HookType.AFTER
+    )
+    HookRegistry.register(f"{_STREAMER}.stream_output", _end_finished, HookType.AROUND)
+    HookRegistry.register(f"{_SCHEDULER}._make_abort_req", _end_aborted, HookType.AFTER)
+
+
+_bound: SchedulerSessions | None = None
+"""One scheduler lives in a process; SGLang's hooks are functions and can't carry it."""
+
+
+def _add_requests(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+    global _bound
+    _bound = sessions = SchedulerSessions(scheduler)
+    scheduler._request_dispatcher += TypeBasedDispatcher(
+        [
+            (SessionAppendReq, sessions.append),
+            (SessionCloseReq, sessions.close),
+            (TreeSummaryReq, sessions.summarise),
+        ]
+    )
+
+
+def _end_finished(
+    stream_output: Any, streamer: Any, reqs: list[Req], *args: Any, **kwargs: Any
+) -> None:
+    if _bound is None:
+        stream_output(streamer, reqs, *args, **kwargs)
+        return
+    ended = [req for req in reqs if req.finished()]
+    for req in ended:
+        _bound.tell_failure(req)
+    stream_output(streamer, reqs, *args, **kwargs)
+    for req in ended:
+        _bound.end(req)
+
+
+def _end_aborted(_result: Any, req: Req, *_args: Any, **_kwargs: Any) -> None:
+    if _bound is not None:
+        _bound.end(req)

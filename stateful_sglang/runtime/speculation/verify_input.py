@@ -1,0 +1,123 @@
+"""What a speculative batch carries through SGLang: a verify input, or only the right type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
+from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
+
+from stateful_sglang.attachments.check import Attachment
+
+ATTACHMENTS = (
+    Attachment(
+        "sglang.srt.speculative.spec_info.SpecInput",
+        "subclass",
+        "a chain verify input with its own number of tokens for each request",
+    ),
+    Attachment(
+        "sglang.srt.speculative.spec_info.create_dummy_verify_input",
+        "hook",
+        "SGLang's trial runs of the verify step use a verify input of ours",
+    ),
+    Attachment(
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner."
+        "get_spec_info",
+        "hook",
+        "CUDA graphs of the verify step are captured with a verify input of ours",
+    ),
+)
+
+
+class LookupInput(SpecInput):
+    """Carried from step to step: empty, because drafts come from what the requests said."""
+
+    def __init__(self) -> None:
+        super().__init__(SpecInputType.NGRAM_VERIFY)
+
+    def filter_batch(self, new_indices: torch.Tensor, new_indices_cpu: list[int]) -> None:
+        """Requests left the batch; there is nothing to drop."""
+
+    def merge_batch(self, other: SpecInput | None) -> None:
+        """Requests joined the batch; there is nothing to add."""
+
+
+class LookupVerifyInput(LookupInput):
+    """One verify step of chains: request `i` brings its pending token and its drafts.
+
+    Attributes:
+        verify_lens: Tokens of each request in this step, pending token included. They lie one
+            request after the other in `input_ids`, `positions`, `out_cache_loc` and the logits.
+        positions: ``[sum(verify_lens)]`` int64.
+        custom_mask: None: within its request every token sees those before it.
+    """
+
+    capture_hidden_mode = CaptureHiddenMode.NULL
+
+    def __init__(
+        self, verify_lens: list[int], positions: torch.Tensor | None, width: int = -1
+    ) -> None:
+        """`width` is the number of tokens of every request, or -1 where they differ."""
+        super().__init__()
+        self.verify_lens = verify_lens
+        self.positions = positions
+        self.num_tokens_per_req = width
+        self.num_tokens_for_logprob_per_req = width
+
+    @property
+    def draft_token_num(self) -> int:
+        """Tokens of every request, where SGLang's backends know one width only."""
+        return self.num_tokens_per_req
+
+    def generate_attn_arg_prefill(
+        self,
+        req_pool_indices: torch.Tensor,
+        paged_kernel_lens: torch.Tensor,
+        paged_kernel_lens_sum: int,
+        req_to_token: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        """FlashInfer's layout of a verify step: KV indices, KV and query offsets, no mask."""
+        from sglang.kernels.ops.attention.utils import create_flashinfer_kv_indices_triton
+
+        width, count = self.num_tokens_per_req, len(req_pool_indices)
+        device = req_pool_indices.device
+        query_offsets = torch.arange(
+            0, (count + 1) * width, step=width, dtype=torch.int32, device=device
+        )
+        lens = paged_kernel_lens + width
+        kv_offsets = torch.zeros(count + 1, dtype=torch.int32, device=device)
+        kv_offsets[1:] = torch.cumsum(lens, dim=0)
+        kv_indices = torch.empty(
+            paged_kernel_lens_sum + width * count, dtype=torch.int32, device=device
+        )
+        create_flashinfer_kv_indices_triton[(count,)](
+            req_to_token,
+            req_pool_indices,
+            lens,
+            kv_offsets,
+            None,
+            kv_indices,
+            req_to_token.size(1),
+        )
+        return kv_indices, kv_offsets, query_offsets, None
+
+
+def for_trial_run(
+    result: Any, spec_algorithm: Any, custom_mask: Any, num_tokens_per_req: int, *_: Any, **__: Any
+) -> Any:
+    """After-hook of ``create_dummy_verify_input``: our verify input where SGLang has none."""
+    return _ours(result, spec_algorithm, num_tokens_per_req)
+
+
+def for_capture(result: Any, runner: Any, _num_tokens: int) -> Any:
+    """After-hook of ``DecodeCudaGraphRunner.get_spec_info``: our verify input likewise."""
+    return _ours(result, runner.model_runner.spec_algorithm, runner.captured_req_width)
+
+
+def _ours(result: Any, spec_algorithm: Any, width: int) -> Any:
+    from stateful_sglang.runtime.speculation.algorithm import PromptLookup
+
+    if result is None and isinstance(spec_algorithm, PromptLookup):
+        return LookupVerifyInput([], None, width)
+    return result
