@@ -69,7 +69,7 @@ def profile(arguments: list[str]) -> dict[str, list[Part]]:
     if stack is None:
         raise ValueError(
             "this model is computed layer by layer, and only the decoder stack has a clock; "
-            "expected a dense model of a family in stateful_sglang/cpu/dense_models.py"
+            "expected a dense model of a family in stateful_sglang/cpu/families/"
         )
     layers, head = Stopwatch(stack.run), Stopwatch(steps.model.lm_head.quant_method.apply)
     stack.run, steps.model.lm_head.quant_method.apply = layers, head

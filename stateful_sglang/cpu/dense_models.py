@@ -16,39 +16,14 @@ from torch import nn
 
 from stateful_sglang.cpu import ops
 from stateful_sglang.cpu.decoder import DecoderLayer, DecoderShape, DecoderStack
+from stateful_sglang.cpu.families import family_of
+from stateful_sglang.cpu.families.base import Family
 
 Refresh = Callable[[], None]
 
 
 class UnsupportedModelError(Exception):
     """The stack does not compute this model; the message says what it met."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """The classes of one of SGLang's models, by name, and what it does to embeddings."""
-
-    module: str
-    model: str
-    prefix: str
-    """Of the layer, attention and MLP classes."""
-    embedding_scale: Callable[[int, torch.dtype], float] | None = None
-    mlp_module: str | None = None
-
-
-def _rounded_root(hidden: int, dtype: torch.dtype) -> float:
-    return torch.tensor(hidden**0.5, dtype=dtype).item()
-
-
-_MODELS = "sglang.srt.models"
-FAMILIES = (
-    Family(f"{_MODELS}.llama", "LlamaModel", "Llama"),
-    Family(f"{_MODELS}.qwen2", "Qwen2Model", "Qwen2"),
-    Family(f"{_MODELS}.qwen3", "Qwen3Model", "Qwen3", mlp_module=f"{_MODELS}.qwen2"),
-    Family(f"{_MODELS}.gemma", "GemmaModel", "Gemma", lambda hidden, _: hidden**0.5),
-    Family(f"{_MODELS}.gemma2", "Gemma2Model", "Gemma2", _rounded_root),
-    Family(f"{_MODELS}.gemma3_causal", "Gemma3TextModel", "Gemma3"),
-)
 
 
 @dataclass(frozen=True)
@@ -91,7 +66,7 @@ def build(model: nn.Module, *, int8: bool = False) -> DenseModel:
       UnsupportedModelError: something in it is not what the stack computes.
     """
     name = _class_name(model)
-    family = next((f for f in FAMILIES if name == f"{f.module}.{f.model}"), None)
+    family = family_of(name)
     if family is None:
         raise UnsupportedModelError(f"the model class is {name}")
     return _Builder(model, family, int8).build()

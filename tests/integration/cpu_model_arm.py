@@ -155,7 +155,7 @@ def main() -> None:
     if path == "modules":
         from stateful_sglang.cpu import dense_models
 
-        dense_models.FAMILIES = ()
+        dense_models.family_of = lambda _class_name: None
     from stateful_sglang.cpu import modules
 
     said: list[str] = []
