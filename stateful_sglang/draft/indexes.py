@@ -12,8 +12,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from .drafter import Drafter
-from .select import VerifyCost
+from stateful_sglang.draft.cost import VerifyCost
+from stateful_sglang.draft.drafter import Drafter
+from stateful_sglang.draft.sources.base import DraftSource
 
 DEFAULT_MAX_BYTES = 512 << 20
 """About five million tokens of transcripts."""
@@ -44,8 +45,14 @@ class DraftIndexes:
     """
 
     def __init__(
-        self, max_draft: int, cost: VerifyCost, max_bytes: int = DEFAULT_MAX_BYTES
+        self,
+        make_source: Callable[[], DraftSource],
+        max_draft: int,
+        cost: VerifyCost,
+        max_bytes: int = DEFAULT_MAX_BYTES,
     ) -> None:
+        """`make_source` makes the source of a transcript of which nothing is known yet."""
+        self._make_source = make_source
         self._max_draft = max_draft
         self._cost = cost
         self._max_bytes = max_bytes
@@ -87,10 +94,10 @@ class DraftIndexes:
         turn = self._turn_of(rid)
         if turn is None:
             session_id = None
-            drafter = Drafter(self._max_draft, self._cost)
+            drafter = self._new_drafter()
         else:
             session_id = turn.session_id
-            drafter = self._sessions.get(session_id) or Drafter(self._max_draft, self._cost)
+            drafter = self._sessions.get(session_id) or self._new_drafter()
             self._sessions[session_id] = drafter
             self._sessions.move_to_end(session_id)
         tokens = np.asarray(prompt, dtype=np.int64)
@@ -100,6 +107,9 @@ class DraftIndexes:
         entry = self._requests[rid] = _Entry(drafter, session_id, len(tokens))
         self._shrink()
         return entry
+
+    def _new_drafter(self) -> Drafter:
+        return Drafter(self._make_source(), self._max_draft, self._cost)
 
     def _shrink(self) -> None:
         """Drop the idle sessions that drafted longest ago while over the bound."""

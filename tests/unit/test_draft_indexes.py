@@ -7,9 +7,10 @@ from typing import NamedTuple
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stateful_sglang.draft.index import SuffixIndex
+from stateful_sglang.draft.automaton import SuffixAutomaton
+from stateful_sglang.draft.cost import VerifyCost
 from stateful_sglang.draft.indexes import ABSENCE_STEPS, DraftIndexes
-from stateful_sglang.draft.select import VerifyCost
+from stateful_sglang.draft.sources.suffix import SuffixSource
 
 FREE = VerifyCost(0.0, 0.0)
 
@@ -20,7 +21,7 @@ class Turn(NamedTuple):
 
 def indexes(max_bytes: int = 1 << 30) -> DraftIndexes:
     """Request ids are "<session>/<turn>", or have no slash where there is no session."""
-    found = DraftIndexes(8, FREE, max_bytes)
+    found = DraftIndexes(SuffixSource, 8, FREE, max_bytes)
     found.bind_sessions(lambda rid: Turn(rid.split("/")[0]) if "/" in rid else None)
     return found
 
@@ -49,7 +50,9 @@ def test_a_session_matches_like_an_index_built_anew(turns: list[tuple[list[int],
         prompt, output = [*transcript, *delta], [1, 2, *delta[:2]]
         for step in range(len(output) + 1):
             drafter = held.drafter(f"s/{number}", prompt, output[:step])
-            assert drafter._index.match() == SuffixIndex(prompt + output[:step]).match()
+            anew = SuffixSource()
+            anew.follow(prompt + output[:step])
+            assert drafter._source.draft(8) == anew.draft(8)
         if committed:
             transcript = prompt + output[:-1]
 
@@ -76,7 +79,7 @@ def test_a_request_that_vanished_without_notice_is_forgotten_after_a_while() -> 
 
 def test_memory_stays_within_its_bound_by_dropping_the_idle_session_unused_longest() -> None:
     tokens = list(range(200))
-    held = indexes(max_bytes=int(2.5 * SuffixIndex(tokens).nbytes))
+    held = indexes(max_bytes=int(2.5 * SuffixAutomaton(tokens).nbytes))
     for name in "abc":
         held.drafter(f"{name}/1", tokens, [])
     assert len(held) == 3, "sessions in flight are not dropped"

@@ -20,9 +20,9 @@ PURE = (
     "stateful_sglang.prefix.paths",
     "stateful_sglang.prefix.policy",
     "stateful_sglang.draft.drafter",
-    "stateful_sglang.draft.index",
     "stateful_sglang.draft.indexes",
-    "stateful_sglang.draft.select",
+    "stateful_sglang.draft.sources.suffix",
+    "stateful_sglang.draft.width",
     "stateful_sglang.attachments.check",
     "stateful_sglang.runtime.config",
 )

@@ -22,8 +22,10 @@ from sglang.srt.runtime_context import get_device, get_spec
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 
 from stateful_sglang.attachments.check import Attachment
+from stateful_sglang.draft import sources
+from stateful_sglang.draft.cost import CPU_COST, FULL_WIDTH_COST
 from stateful_sglang.draft.indexes import DraftIndexes
-from stateful_sglang.draft.select import CPU_COST, VerifyCost
+from stateful_sglang.runtime.config import PluginConfig
 from stateful_sglang.runtime.speculation import eligibility as draft_eligibility
 from stateful_sglang.runtime.speculation import grammar as draft_grammar
 from stateful_sglang.runtime.speculation import verify
@@ -62,9 +64,6 @@ ATTACHMENTS = (
     *verify.ATTACHMENTS,
 )
 
-FULL_WIDTH_COST = VerifyCost(fixed=0.0, per_token=0.0)
-"""With one width a step, a drafted token replaces padding: it costs nothing more."""
-
 
 class _Step(NamedTuple):
     """A verify step, laid out one request after the other."""
@@ -93,8 +92,11 @@ class PromptLookupWorker(BaseSpecWorker):
         self.device = get_device().device
         self._width = get_spec().speculative_num_draft_tokens
         self._one_width = self.device != "cpu"
+        config = PluginConfig.from_env() or PluginConfig()
         self.indexes = DraftIndexes(
-            max_draft=self._width - 1, cost=FULL_WIDTH_COST if self._one_width else CPU_COST
+            sources.chosen(config.draft),
+            max_draft=self._width - 1,
+            cost=FULL_WIDTH_COST if self._one_width else CPU_COST,
         )
         self._refusal = draft_eligibility.why_never(self.model_runner)
         if self._refusal is not None:

@@ -7,13 +7,16 @@ import random
 
 import pytest
 
+from stateful_sglang.draft.cost import CPU_COST, VerifyCost
 from stateful_sglang.draft.drafter import Drafter
-from stateful_sglang.draft.select import CPU_COST, VerifyCost, WidthPolicy
+from stateful_sglang.draft.sources.base import NO_DRAFT, Draft
+from stateful_sglang.draft.sources.suffix import SuffixSource, grade
+from stateful_sglang.draft.width import WidthPolicy
 
 
 def replay(prompt: list[int], output: list[int], max_draft: int = 8) -> tuple[float, float]:
     """Tokens a step, and cost of all steps in plain steps, of decoding `output` after `prompt`."""
-    drafter = Drafter(max_draft, CPU_COST)
+    drafter = Drafter(SuffixSource(), max_draft, CPU_COST)
     drafter.follow(prompt)
     done = steps = 0
     cost = 0.0
@@ -33,39 +36,49 @@ def call(name: str, **arguments: object) -> list[int]:
     return list(json.dumps({"name": name, "arguments": arguments}).encode())
 
 
-def test_no_match_drafts_nothing() -> None:
-    assert WidthPolicy(8, CPU_COST).width(0, 8) == 0
+def policy(cost: VerifyCost = CPU_COST) -> WidthPolicy:
+    return WidthPolicy(SuffixSource.priors, cost)
 
 
-def test_width_never_passes_the_room_or_the_maximum() -> None:
-    policy = WidthPolicy(8, VerifyCost(0.0, 0.0))
-    assert policy.width(20, 100) == 8
-    assert policy.width(20, 3) == 3
-    assert policy.width(20, 0) == 0
+def after_match(length: int, tokens: int = 8) -> Draft:
+    """What is offered after a match of so many tokens."""
+    return Draft(tuple(range(5, 5 + tokens)), grade(length))
+
+
+def test_without_a_draft_nothing_is_verified() -> None:
+    assert policy().width(NO_DRAFT, 8) == 0
+
+
+def test_width_never_passes_the_room_or_the_draft() -> None:
+    free = policy(VerifyCost(0.0, 0.0))
+    assert free.width(after_match(20), 100) == 8
+    assert free.width(after_match(20), 3) == 3
+    assert free.width(after_match(20), 0) == 0
+    assert free.width(after_match(20, tokens=2), 8) == 2
 
 
 def test_longer_matches_draft_more() -> None:
-    policy = WidthPolicy(32, CPU_COST)
-    widths = [policy.width(length, 32) for length in (1, 2, 4, 8, 16)]
+    widths = [policy().width(after_match(length, 32), 32) for length in (1, 2, 4, 8, 16)]
     assert widths == sorted(widths)
     assert widths[-1] > widths[0]
 
 
-def test_rejections_silence_a_kind_of_match_and_hits_bring_it_back() -> None:
-    policy = WidthPolicy(8, CPU_COST)
-    assert policy.width(1, 8) > 0
+def test_rejections_silence_a_grade_and_hits_bring_it_back() -> None:
+    learning = policy()
+    unsure, sure = after_match(1), after_match(16)
+    assert learning.width(unsure, 8) > 0
     for _ in range(12):
-        policy.observe(1, [5, 6], [9])
-    assert policy.width(1, 8) == 0
-    assert policy.width(16, 8) == 8
+        learning.observe(unsure, [9])
+    assert learning.width(unsure, 8) == 0
+    assert learning.width(sure, 8) == 8
     for _ in range(12):
-        policy.observe(1, [5, 6], [5, 6])
-    assert policy.width(1, 8) > 0
+        learning.observe(unsure, [5, 6])
+    assert learning.width(unsure, 8) > 0
 
 
 def test_negative_maximum_is_refused() -> None:
     with pytest.raises(ValueError, match="max_draft"):
-        WidthPolicy(-1, CPU_COST)
+        Drafter(SuffixSource(), -1, CPU_COST)
 
 
 def test_a_call_seen_in_the_prompt_is_drafted_on_its_first_repetition() -> None:

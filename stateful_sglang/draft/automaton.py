@@ -1,8 +1,8 @@
 """Lookup of what a transcript said before, after the same words as now.
 
-`SuffixIndex` is a suffix automaton (Blumer et al. 1985) over one transcript. Its suffix link from
-the state of the whole transcript *is* the longest suffix that occurred before, of whatever length,
-so a lookup costs nothing beyond the extension. Each state also knows where it ended most recently.
+A suffix automaton (Blumer et al. 1985) over one transcript: the suffix link from the state of the
+whole transcript *is* the longest suffix that occurred before, of whatever length, so a lookup costs
+nothing beyond the extension. Each state also knows where it ended most recently.
 Extension is amortised O(1) a token in the automaton, plus the length of the suffix-link path
 (`RECENCY_DEPTH` at most) for the recent ends; truncation undoes extensions in reverse order, at
 their own cost.
@@ -32,7 +32,7 @@ class Match(NamedTuple):
     """Position after the most recent earlier occurrence: the continuation starts there."""
 
 
-class SuffixIndex:
+class SuffixAutomaton:
     """Longest-suffix lookup over an append-only token sequence with rollback.
 
     Tokens are non-negative and below 2**31. Not thread-safe; one owner.
@@ -173,7 +173,7 @@ class SuffixIndex:
         Raises ValueError for a negative length.
         """
         if length < 0:
-            raise ValueError(f"cannot truncate an index to {length} tokens: expected 0 or more")
+            raise ValueError(f"cannot truncate a transcript to {length} tokens: expected 0 or more")
         if length >= len(self._tokens):
             return
         while len(self._tokens) > length:
@@ -241,18 +241,15 @@ class SuffixIndex:
             return Match(0, 0)
         return Match(self._len[link], self._source)
 
-    def draft(self, max_tokens: int) -> list[int]:
-        """What followed the most recent longest match: `max_tokens` tokens, or none.
+    def continuation(self, start: int, count: int) -> list[int]:
+        """The `count` tokens from `start` on, which lies before the end of the transcript.
 
-        A continuation that reaches the end of the transcript goes on with itself, so a repeated
-        passage is drafted in full however short its period.
+        Where they reach the end, they go on with themselves, so a repeated passage is continued in
+        full however short its period.
         """
-        length, source = self.match()
-        if not length or max_tokens <= 0:
-            return []
-        found = self._tokens[source : source + max_tokens].tolist()
+        found = self._tokens[start : start + count].tolist()
         period = len(found)
-        while len(found) < max_tokens:
+        while len(found) < count:
             found.append(found[-period])
         return found
 

@@ -1,4 +1,4 @@
-"""The suffix index finds what a naive search finds, whatever is appended and taken back."""
+"""The suffix automaton finds what a naive search finds, whatever is appended and taken back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from stateful_sglang.draft.index import Match, SuffixIndex
+from stateful_sglang.draft.automaton import Match, SuffixAutomaton
 
 TOKENS = st.lists(st.integers(0, 3), max_size=12)
 
@@ -27,16 +27,16 @@ def naive_match(text: list[int]) -> Match:
     return best
 
 
-class IndexMachine(RuleBasedStateMachine):
+class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.text: list[int] = []
-        self.index = SuffixIndex()
+        self.automaton = SuffixAutomaton()
 
     @rule(tokens=TOKENS)
     def extend(self, tokens: list[int]) -> None:
         self.text += tokens
-        self.index.extend(tokens)
+        self.automaton.extend(tokens)
 
     @precondition(lambda self: self.text)
     @rule(data=st.data())
@@ -44,58 +44,55 @@ class IndexMachine(RuleBasedStateMachine):
         start = data.draw(st.integers(0, len(self.text) - 1))
         passage = self.text[start : start + data.draw(st.integers(1, 10))]
         self.text += passage
-        self.index.extend(passage)
+        self.automaton.extend(passage)
 
     @rule(data=st.data())
     def truncate(self, data: st.DataObject) -> None:
         length = data.draw(st.integers(0, len(self.text) + 2))
         del self.text[length:]
-        self.index.truncate(length)
+        self.automaton.truncate(length)
 
     @invariant()
     def finds_what_a_naive_search_finds(self) -> None:
-        assert self.index.match() == naive_match(self.text)
-        assert self.index.tokens().tolist() == self.text
+        assert self.automaton.match() == naive_match(self.text)
+        assert self.automaton.tokens().tolist() == self.text
 
     @invariant()
-    def drafts_the_continuation(self) -> None:
+    def continues_from_there(self) -> None:
         length, source = naive_match(self.text)
-        drafted = self.index.draft(5)
-        assert len(drafted) == (5 if length else 0)
-        whole = self.text + drafted
-        for j, token in enumerate(drafted):
-            assert token == whole[source + j]
+        if not length:
+            return
+        found = self.automaton.continuation(source, 5)
+        assert len(found) == 5
+        whole = self.text + found
+        assert found == whole[source : source + 5]
 
 
-IndexMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
-TestIndex = IndexMachine.TestCase
+Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
+TestAutomaton = Machine.TestCase
 
 
 @given(st.lists(st.integers(0, 2), max_size=40), st.data())
 @settings(max_examples=150, deadline=None)
 def test_truncation_restores_the_very_same_automaton(text: list[int], data: st.DataObject) -> None:
     length = data.draw(st.integers(0, len(text)))
-    index = SuffixIndex(text)
-    index.truncate(length)
-    fresh = SuffixIndex(text[:length])
-    for name in SuffixIndex.__slots__:
-        assert getattr(index, name) == getattr(fresh, name), name
+    automaton = SuffixAutomaton(text)
+    automaton.truncate(length)
+    fresh = SuffixAutomaton(text[:length])
+    for name in SuffixAutomaton.__slots__:
+        assert getattr(automaton, name) == getattr(fresh, name), name
 
 
 def test_negative_truncation_is_refused() -> None:
     with pytest.raises(ValueError, match="-1"):
-        SuffixIndex([1, 2]).truncate(-1)
-
-
-def test_a_repeated_token_is_drafted_beyond_its_one_known_successor() -> None:
-    assert SuffixIndex([7, 5, 5]).draft(4) == [5, 5, 5, 5]
+        SuffixAutomaton([1, 2]).truncate(-1)
 
 
 def test_degenerate_repetition_stays_linear() -> None:
     started = time.process_time()
-    index = SuffixIndex([1] * 20_000)
-    assert index.match() == Match(19_999, 19_999)
-    index.truncate(10)
-    assert index.match() == Match(9, 9)
+    automaton = SuffixAutomaton([1] * 20_000)
+    assert automaton.match() == Match(19_999, 19_999)
+    automaton.truncate(10)
+    assert automaton.match() == Match(9, 9)
     # A quadratic walk of the suffix links would take minutes.
     assert time.process_time() - started < 10
