@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from stateful_sglang import loopback
+from stateful_sglang.draft import sources
+from stateful_sglang.prefix.policies import POLICIES
 from stateful_sglang.runtime.config import PluginConfig
 from stateful_sglang.server import arguments, preflight, quiet, ready
 from stateful_sglang.server.arguments import DEFAULT_HOST, DEFAULT_PORT, LaunchError
@@ -73,10 +75,17 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="largest share of the KV pool, 0 to 1, that sessions pin (default: %(default)s)",
     )
     parser.add_argument(
+        "--eviction-policy",
+        choices=list(POLICIES),
+        default=defaults.eviction_policy,
+        help=f"what leaves the KV pool first. {POLICIES.summaries()} (default: %(default)s)",
+    )
+    parser.add_argument(
         "--draft",
-        choices=["auto", "off"],
+        choices=sources.CHOICES,
         default=defaults.draft,
-        help="prompt-lookup drafts (default: %(default)s)",
+        help=f"where drafts come from. {sources.SOURCES.summaries()}; off: no drafts "
+        f"(default: %(default)s, which is {sources.DEFAULT})",
     )
     parser.add_argument(
         "--max-draft",
@@ -136,6 +145,7 @@ def settings(ours: argparse.Namespace) -> PluginConfig:
     return PluginConfig(
         stateful=ours.stateful == "on",
         pin_budget=ours.pin_budget,
+        eviction_policy=ours.eviction_policy,
         draft=ours.draft,
         max_draft=ours.max_draft,
         content_tokens=ours.content_tokens,

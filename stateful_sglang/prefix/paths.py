@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Protocol
 
-from stateful_sglang.prefix.policy import PinOrder
+from stateful_sglang.prefix.pins import PinOrder
 
 
 class PathNode(Protocol):

@@ -11,6 +11,9 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from stateful_sglang.draft import sources
+from stateful_sglang.prefix import policies
+
 ENV = "STATEFUL_SGLANG_CONFIG"
 
 
@@ -22,7 +25,10 @@ class PluginConfig:
     """False: plain SGLang, with CPU support only."""
     pin_budget: float = 0.5
     """Largest share of the KV pool, 0 to 1, whose session leaves are pinned."""
-    draft: Literal["auto", "off"] = "auto"
+    eviction_policy: str = policies.DEFAULT
+    """Name of the order in which KV is evicted."""
+    draft: str = sources.AUTO
+    """Where drafts come from: a source's name, ``auto``, or ``off``."""
     max_draft: int = 8
     """Most tokens drafted for a request in one step."""
     content_tokens: Literal["text", "special"] = "text"

@@ -42,7 +42,7 @@ def _attach(config: PluginConfig) -> None:
     from stateful_sglang.runtime.speculation import algorithm as draft_spec
     from stateful_sglang.runtime.tree import cache as tree
 
-    tree.register(config.pin_budget)
+    tree.register(config.pin_budget, config.eviction_policy)
     if config.draft != "off":
         draft_spec.register()
     scheduler.attach()

@@ -33,6 +33,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache  # noqa: 
 from sglang.srt.runtime_context import get_context  # noqa: E402
 from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
+from stateful_sglang.prefix import policies  # noqa: E402
 from stateful_sglang.runtime.tree.cache import CardinalPrefixTree  # noqa: E402
 
 get_context().override_server_args(device="cpu").install()
@@ -80,6 +81,7 @@ class Rig:
         pool_tokens: int = 4096,
         page_size: int = 1,
         pin_budget: float = 0.5,
+        eviction_policy: str = policies.DEFAULT,
         tree_of: Any = None,
         made: CacheInitParams | None = None,
     ) -> None:
@@ -93,7 +95,11 @@ class Rig:
         self.kv_of: dict[int, int] = {}
         """What each KV slot was computed for: the tokens up to it, as `chain` hashes them."""
         self.after_eviction: Callable[[], None] = lambda: None
-        self.tree = tree_of(made) if tree_of else CardinalPrefixTree(made, pin_budget=pin_budget)
+        self.tree = (
+            tree_of(made)
+            if tree_of
+            else CardinalPrefixTree(made, pin_budget=pin_budget, eviction_policy=eviction_policy)
+        )
         if isinstance(self.tree, CardinalPrefixTree):
             self.tree.bind_sessions(self.turns.get)
         assert isinstance(self.tree, UnifiedRadixCache)

@@ -19,6 +19,8 @@ from hypothesis.stateful import (
 )
 from prefix_rig import Rig
 
+from stateful_sglang.prefix.policies import POLICIES
+
 # Few different tokens, so that paths share prefixes and split all the time.
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 
@@ -39,9 +41,16 @@ class CardinalTreeMachine(RuleBasedStateMachine):
     requests = Bundle("requests")
     page_size = 1
 
-    @initialize(pin_budget=st.sampled_from([0.0, 0.3, 0.6, 1.0]))
-    def build(self, pin_budget: float) -> None:
-        self.rig = Rig(pool_tokens=96, page_size=self.page_size, pin_budget=pin_budget)
+    @initialize(
+        pin_budget=st.sampled_from([0.0, 0.3, 0.6, 1.0]), policy=st.sampled_from(list(POLICIES))
+    )
+    def build(self, pin_budget: float, policy: str) -> None:
+        self.rig = Rig(
+            pool_tokens=96,
+            page_size=self.page_size,
+            pin_budget=pin_budget,
+            eviction_policy=policy,
+        )
         self.rig.after_eviction = self.forget_evicted
         self.sessions: dict[str, Session] = {}
         self.opened = 0

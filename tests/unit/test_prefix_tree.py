@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 from array import array
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from prefix_rig import ComponentType, RadixKey, Req, Rig, SamplingParams, chain, params
 
+from stateful_sglang.prefix.policies import POLICIES
+from stateful_sglang.runtime.tree import cache
 from stateful_sglang.runtime.tree.cache import (
     SUMMARY_NODES,
     CardinalPrefixTree,
@@ -194,6 +198,22 @@ def test_eviction_takes_dead_then_anonymous_then_idle_sessions_then_pinned_ones(
     assert evicted == {"dead": 5, "anonymous": 4, "idle": 5, "pinned": 5}
 
 
+def test_lru_takes_what_was_used_longest_ago_and_pins_nothing() -> None:
+    rig = Rig(pool_tokens=100, pin_budget=0.5, eviction_policy="lru")
+    live = rig.turn("live", [], [10, 11, 12, 13], [14, 15])
+    closed = rig.turn("closed", [], [30, 31, 32, 33], [34, 35])
+    rig.tree.release_session_leaf("closed")
+    rig.plain([40, 41, 42, 43])
+    assert rig.tree.summary(0)["pinned_sessions"] == 0
+    evict_until(rig, live, 0)
+    assert (rig.cached(closed), rig.cached([40, 41, 42, 43])) == (5, 4)
+    evict_until(rig, closed, 0)
+    rig.check()
+    summary = rig.tree.summary(0)
+    assert summary["evicted_tokens"] == {"dead": 5, "anonymous": 0, "idle": 5, "pinned": 0}
+    assert summary["eviction_policy"] == "lru"
+
+
 def test_sessions_go_one_by_one_from_the_tail_and_their_trunk_goes_last() -> None:
     rig = Rig(pool_tokens=400, pin_budget=0)
     trunk = list(range(100, 120))
@@ -369,8 +389,9 @@ def test_slots_of_other_tokens_are_noticed(page_size: int) -> None:
         rig.start([1] * 8 + [5, 7])
 
 
-def test_two_trees_fed_the_same_operations_evict_the_same() -> None:
-    rigs = [Rig(pool_tokens=600, pin_budget=0.3) for _ in range(2)]
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_two_trees_fed_the_same_operations_evict_the_same(policy: str) -> None:
+    rigs = [Rig(pool_tokens=600, pin_budget=0.3, eviction_policy=policy) for _ in range(2)]
     for step in range(300):
         for rig in rigs:
             name = f"s{step * 7 % 11}"
@@ -387,8 +408,9 @@ def test_two_trees_fed_the_same_operations_evict_the_same() -> None:
     assert sum(first["evicted_tokens"].values()) > 0
 
 
-def test_an_eviction_does_not_look_at_every_leaf() -> None:
-    rig = Rig(pool_tokens=8000)
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_an_eviction_does_not_look_at_every_leaf(policy: str) -> None:
+    rig = Rig(pool_tokens=8000, eviction_policy=policy)
     for i in range(1500):
         rig.plain([i, 1])
     looked = 0
@@ -413,6 +435,25 @@ def test_a_broken_account_is_named() -> None:
         rig.tree.check_integrity()
 
 
+def test_a_depth_that_the_tree_does_not_have_is_named() -> None:
+    rig = Rig()
+    rig.turn("a", [], [1, 2, 3], [4, 5])
+    rig.tree.tree_core.nodes()[0]._depth = 17
+    with pytest.raises(TreeIntegrityError, match="depth 17, recounted 3"):
+        rig.tree.check_integrity()
+
+
+def test_a_policy_is_told_where_a_cut_node_begins_and_ends() -> None:
+    rig = Rig()
+    said = rig.turn("a", [], [1, 2, 3, 4, 5, 6], [7])
+    rig.tree.truncate_session("a", 2)
+    rig.plain([*said[:4], 9])
+    facts = {node.depth: node.facts for node in rig.tree.tree_core.nodes()}
+    assert {depth: told.tokens for depth, told in facts.items()} == {2: 2, 4: 2, 5: 1, 6: 2}
+    assert [facts[depth].cardinality for depth in (2, 4)] == [1, 0]
+    assert facts[6].dead
+
+
 def test_requests_without_a_session_leave_no_trace_of_one() -> None:
     rig = Rig()
     rig.plain([1, 2, 3], [4])
@@ -426,6 +467,27 @@ def test_a_budget_outside_the_pool_is_refused_before_anything_is_registered() ->
         register(1.5)
     with pytest.raises(ValueError, match="pin budget is -1"):
         CardinalPrefixTree(params(100), pin_budget=-1)
+
+
+def test_an_unknown_policy_is_refused_before_anything_is_registered() -> None:
+    with pytest.raises(ValueError, match=r"no eviction policy is called 'fifo'.*cardinal, lru"):
+        register(0.5, "fifo")
+    with pytest.raises(ValueError, match="fifo"):
+        CardinalPrefixTree(params(100), eviction_policy="fifo")
+
+
+def test_a_server_builds_its_tree_with_the_policy_it_was_started_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registered: dict[str, Any] = {}
+    monkeypatch.setattr(cache, "register_radix_cache_backend", registered.__setitem__)
+    monkeypatch.setattr(
+        cache, "create_unified_radix_cache", lambda ctx, cache_class: cache_class(ctx.params)
+    )
+    register(0.25, "lru")
+    context = SimpleNamespace(params=params(100), disable_radix_cache=False, is_hybrid_swa=False)
+    tree = registered[cache.BACKEND](context)
+    assert tree.summary(0)["eviction_policy"] == "lru"
 
 
 class _Letters:

@@ -37,9 +37,10 @@ from sglang.srt.mem_cache.unified_cache.tree_core_registry import (
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from stateful_sglang.attachments.check import Attachment
-from stateful_sglang.prefix.policy import pin_budget_tokens
+from stateful_sglang.prefix import policies
+from stateful_sglang.prefix.pins import pin_budget_tokens
 from stateful_sglang.runtime.tree import core as component
-from stateful_sglang.runtime.tree.core import CardinalFullComponent, CardinalNode, CardinalTreeCore
+from stateful_sglang.runtime.tree.core import CardinalFullComponent, CardinalTreeCore
 
 SUMMARY_NODES = 2000
 """Most nodes that one description of the tree looks at: some two milliseconds of Python."""
@@ -145,18 +146,29 @@ class CardinalPrefixTree(UnifiedRadixCache):
 
     tree_core: CardinalTreeCore
 
-    def __init__(self, params: CacheInitParams, *, pin_budget: float = 0.5) -> None:
+    def __init__(
+        self,
+        params: CacheInitParams,
+        *,
+        pin_budget: float = 0.5,
+        eviction_policy: str = policies.DEFAULT,
+    ) -> None:
         """Build an empty tree.
 
         Args:
             params: SGLang's; its component overrides and tree core are replaced by ours.
             pin_budget: Share of the KV pool, 0 to 1, that pinned sessions may claim.
+            eviction_policy: Name of the order in which nodes are evicted.
+
+        Raises:
+            ValueError: ``pin_budget`` lies outside 0 to 1, or there is no such policy.
         """
+        policy = policies.POLICIES.load(eviction_policy)()
         if BACKEND not in registered_tree_core_backends():
             register_tree_core_backend(BACKEND, CardinalTreeCore)
         overrides = {
             **(params.component_registry_override or {}),
-            ComponentType.FULL: CardinalFullComponent,
+            ComponentType.FULL: partial(CardinalFullComponent, policy=policy),
         }
         super().__init__(
             dataclasses.replace(
@@ -165,9 +177,9 @@ class CardinalPrefixTree(UnifiedRadixCache):
         )
         self._full: CardinalFullComponent = self.components[BASE_COMPONENT_TYPE]
         self._paths = self._full.paths
-        self._paths.budget = pin_budget_tokens(
-            pin_budget, self.token_to_kv_pool_allocator.size_full
-        )
+        budget = pin_budget_tokens(pin_budget, self.token_to_kv_pool_allocator.size_full)
+        self._paths.budget = budget if policy.keeps_pins else 0
+        self._eviction_policy = eviction_policy
         self._turn_of: Callable[[str], Turn | None] = lambda rid: None
         self._first_insert: tuple[int, int] | None = None
 
@@ -280,7 +292,7 @@ class CardinalPrefixTree(UnifiedRadixCache):
         match = self.tree_core.match_prefix(MatchPrefixParams(key=key))
         self._apply_cache_actions(match.cache_actions)
         node = self.tree_core.node_by_id(match.best_match_node)
-        end = _depth(node)
+        end = node.depth
         if end > held:
             self._paths.commit(turn.session_id, node, end)
 
@@ -308,6 +320,7 @@ class CardinalPrefixTree(UnifiedRadixCache):
             "pinned_tokens": self._paths.pinned_tokens,
             "pin_budget_tokens": self._paths.budget,
             "pins_broken": self._full.pins_broken,
+            "eviction_policy": self._eviction_policy,
             "evicted_tokens": {
                 kind.name.lower(): tokens for kind, tokens in self._full.evicted_tokens.items()
             },
@@ -360,10 +373,14 @@ class CardinalPrefixTree(UnifiedRadixCache):
             AssertionError: SGLang's own check failed.
         """
         wrong = list(self._paths.violations(self.tree_core.nodes()))
+        for node in self.tree_core.nodes():
+            depth = node.parent.depth + len(node.key)
+            if node.depth != depth:
+                wrong.append(f"node {node.id}: depth {node.depth}, recounted {depth}")
         for node in self.tree_core.evictable_device_leaves:
-            queued = self._full.queue.queued_key(node.id)
-            if queued is None or queued > node.eviction_key:
-                wrong.append(f"node {node.id}: queued as {queued}, but is {node.eviction_key}")
+            queued, key = self._full.queue.queued_key(node.id), self._full.eviction_key(node)
+            if queued is None or queued > key:
+                wrong.append(f"node {node.id}: queued as {queued}, but is {key}")
         gone = [node for node in self._full.queue if self.tree_core.find(node) is None]
         if gone:
             wrong.append(f"the eviction queue holds nodes that left the tree: {gone}")
@@ -372,17 +389,22 @@ class CardinalPrefixTree(UnifiedRadixCache):
         self.sanity_check()
 
 
-def register(pin_budget: float = 0.5) -> None:
+def register(pin_budget: float = 0.5, eviction_policy: str = policies.DEFAULT) -> None:
     """Register the tree with SGLang under the name :data:`BACKEND`.
 
     Raises:
-        ValueError: ``pin_budget`` lies outside 0 to 1, or the name is taken.
+        ValueError: ``pin_budget`` lies outside 0 to 1, there is no such policy, or the name is
+            taken.
     """
     pin_budget_tokens(pin_budget, 0)
-    register_radix_cache_backend(BACKEND, partial(_create, pin_budget=pin_budget))
+    policies.POLICIES.load(eviction_policy)
+    build = partial(CardinalPrefixTree, pin_budget=pin_budget, eviction_policy=eviction_policy)
+    register_radix_cache_backend(BACKEND, partial(_create, build=build))
 
 
-def _create(ctx: TreeCacheBuildContext, *, pin_budget: float) -> CardinalPrefixTree:
+def _create(
+    ctx: TreeCacheBuildContext, *, build: Callable[[CacheInitParams], CardinalPrefixTree]
+) -> CardinalPrefixTree:
     params = ctx.params
     reason = None
     if ctx.disable_radix_cache:
@@ -390,7 +412,10 @@ def _create(ctx: TreeCacheBuildContext, *, pin_budget: float) -> CardinalPrefixT
     elif params.enable_session_radix_cache:
         reason = "--enable-session-radix-cache counts sessions in another way"
     elif params.eviction_policy.lower() != "lru":
-        reason = f"--radix-eviction-policy {params.eviction_policy} would be ignored"
+        reason = (
+            f"--radix-eviction-policy {params.eviction_policy} would be ignored; the order of "
+            "eviction is --eviction-policy's"
+        )
     elif ctx.is_hybrid_swa and ctx.full_tokens_per_layer == 0:
         reason = "the model has no full-attention layers"
     if reason is not None:
@@ -398,9 +423,7 @@ def _create(ctx: TreeCacheBuildContext, *, pin_budget: float) -> CardinalPrefixT
             f"the {BACKEND} prefix tree can't be used: {reason}. "
             "Change that, or start the server with --stateful off."
         )
-    return create_unified_radix_cache(
-        ctx, cache_class=partial(CardinalPrefixTree, pin_budget=pin_budget)
-    )
+    return create_unified_radix_cache(ctx, cache_class=build)
 
 
 def ended_well(req: Any) -> bool:
@@ -424,14 +447,6 @@ def logits_broke(req: Any) -> bool:
 
 def _locks(node: Any) -> int:
     return node.component_data[BASE_COMPONENT_TYPE].lock_ref
-
-
-def _depth(node: CardinalNode | None) -> int:
-    depth = 0
-    while node is not None and node.parent is not None:
-        depth += len(node.key)
-        node = node.parent
-    return depth
 
 
 def _info(node: Any, depth: int) -> NodeInfo:

@@ -24,7 +24,8 @@ from sglang.srt.mem_cache.unified_cache.unified_tree_core import UnifiedTreeCore
 
 from stateful_sglang.attachments.check import Attachment
 from stateful_sglang.prefix.paths import SessionPaths
-from stateful_sglang.prefix.policy import EvictionClass, EvictionKey, EvictionQueue, eviction_key
+from stateful_sglang.prefix.policies.base import EvictionClass, EvictionPolicy, NodeFacts
+from stateful_sglang.prefix.queue import EvictionKey, EvictionQueue
 
 logger = logging.getLogger(__name__)
 
@@ -80,26 +81,44 @@ class CardinalNode(UnifiedTreeNode):
         self.pins = 0
         self.leaf_of: dict[str, None] = {}
         self.died_at = _NEVER
+        self._depth: int | None = None
 
     @property
-    def eviction_key(self) -> EvictionKey:
-        """Where the node stands in the order of eviction now."""
-        return eviction_key(
+    def depth(self) -> int:
+        """Tokens from the root to the node's end; a node keeps it for life, whatever is split."""
+        unknown: list[CardinalNode] = []
+        node = self
+        while node._depth is None and node.parent is not None:
+            unknown.append(node)
+            node = node.parent
+        depth = node._depth or 0
+        for node in reversed(unknown):
+            depth += len(node.key)
+            node._depth = depth
+        return depth
+
+    @property
+    def facts(self) -> NodeFacts:
+        """What the order of eviction may depend on, as it is now."""
+        return NodeFacts(
             cardinality=self.cardinality,
             pins=self.pins,
             dead=self.died_at >= self.last_access_time,
             recency=float(self.last_access_time),
+            tokens=len(self.key),
+            depth=self.depth,
         )
 
 
 class CardinalFullComponent(FullComponent):
-    """Full-attention KV, evicted by who still needs it.
+    """Full-attention KV, evicted in the order of a policy.
 
     Owns the sessions' paths and the queue of evictable nodes.
     """
 
-    def __init__(self, cache: Any, params: CacheInitParams) -> None:
+    def __init__(self, cache: Any, params: CacheInitParams, policy: EvictionPolicy) -> None:
         super().__init__(cache, params)
+        self._policy = policy
         self.paths = SessionPaths(on_cheaper=self.offer)
         self.queue = EvictionQueue(self._evictable_key)
         self.evicted_tokens = dict.fromkeys(EvictionClass, 0)
@@ -117,7 +136,11 @@ class CardinalFullComponent(FullComponent):
     def offer(self, node: Any) -> None:
         """Queue a node for eviction if it can be evicted now."""
         if node in self.tree_core.evictable_device_leaves:
-            self.queue.offer(node.id, node.eviction_key)
+            self.queue.offer(node.id, self.eviction_key(node))
+
+    def eviction_key(self, node: CardinalNode) -> EvictionKey:
+        """Where a node stands in the order of eviction now."""
+        return self._policy.key(node.facts)
 
     def evict_component(
         self,
@@ -130,7 +153,7 @@ class CardinalFullComponent(FullComponent):
         (device, host)."""
         freed, host_freed = super().evict_component(node, device_frees, host_frees, target)
         if freed:
-            kind = node.eviction_key.kind
+            kind = node.facts.kind
             self.evicted_tokens[kind] += freed
             if kind is EvictionClass.PINNED:
                 if not self.pins_broken:
@@ -144,7 +167,7 @@ class CardinalFullComponent(FullComponent):
     def _evictable_key(self, node_id: int) -> EvictionKey | None:
         node = self.tree_core.find(node_id)
         evictable = node is not None and node in self.tree_core.evictable_device_leaves
-        return node.eviction_key if evictable else None
+        return self.eviction_key(node) if evictable else None
 
     def _evict_device_start(self, request_cnt: int) -> None:
         self._wanted_tokens = request_cnt
