@@ -81,8 +81,11 @@ def answers() -> dict[str, dict[str, dict[str, Any]]]:
     # Float32, for equal tokens; and seventeen drafts: more than SGLang's rows leave room for.
     common = ("--dtype", "float32", "--context-length", str(CONTEXT))
     found = {}
-    with serve(*common, "--max-draft", "17") as server:
+    chosen = ("--draft", "suffix", "--eviction-policy", "lru")
+    with serve(*common, "--max-draft", "17", *chosen) as server:
         found["drafts"] = battery(server)
+        tree = httpx.get(f"{server.url}/v1/tree", timeout=60).raise_for_status().json()
+        found["drafts"]["tree"] = tree
     with serve(*common, "--draft", "off") as server:
         found["plain"] = battery(server)
     return found
@@ -102,6 +105,10 @@ def test_greedy_output_equals_plain_decoding(answers: Any, name: str) -> None:
 def test_repetition_takes_fewer_steps(answers: Any, name: str) -> None:
     meta = answers["drafts"][name]["meta_info"]
     assert meta["completion_tokens"] - 1 > 1.5 * meta["spec_verify_ct"]
+
+
+def test_the_tree_evicts_by_the_policy_that_was_asked_for(answers: Any) -> None:
+    assert answers["drafts"]["tree"]["eviction_policy"] == "lru"
 
 
 def test_every_decode_step_is_counted(answers: Any) -> None:
