@@ -1,4 +1,4 @@
-"""The table of rooms in docs/design.md, held: who may import whom, no circle, SGLang where it may be.
+"""The table of rooms in docs/design.md, held: who may import whom, no circle, SGLang's places.
 
 Imports are read from the source, those inside functions and under ``TYPE_CHECKING`` included: an
 import that happens late is still one.
