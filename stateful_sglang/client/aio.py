@@ -1,18 +1,26 @@
-"""The asynchronous client: as `client.py`, with ``await``."""
+"""The asynchronous client: as `sync.py`, with ``await``."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, Unpack, overload
 
 import httpx
+from httpx_sse import EventSource
 
 from stateful_sglang import loopback
 from stateful_sglang.client.errors import SessionNotFoundError
-from stateful_sglang.client.events import TurnProgress
+from stateful_sglang.client.events import TurnProgress, is_stream
 from stateful_sglang.client.sync import DEFAULT_TIMEOUT, response_error
-from stateful_sglang.client.types import Messages, ToolChoice, Turn, append_body, open_body
+from stateful_sglang.client.types import (
+    AppendOptions,
+    Messages,
+    OpenOptions,
+    Turn,
+    append_body,
+    open_body,
+)
 
 
 class AsyncClient:
@@ -35,18 +43,10 @@ class AsyncClient:
             mounts=loopback.direct(base_url),
         )
 
-    async def open(
-        self,
-        *,
-        system: str | None = None,
-        tools: Sequence[Mapping[str, Any]] = (),
-        messages: Messages | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> AsyncSession:
+    async def open(self, **options: Unpack[OpenOptions]) -> AsyncSession:
         """Open a session; nothing is computed before its first append."""
-        body = open_body(system, tools, messages, chat_template_kwargs, metadata)
-        return AsyncSession(self, (await self.request("POST", "/v1/sessions", body))["id"])
+        reply = await self.request("POST", "/v1/sessions", open_body(options))
+        return AsyncSession(self, reply["id"])
 
     def session(self, session_id: str) -> AsyncSession:
         """A handle on a session opened earlier; its existence is not checked."""
@@ -75,7 +75,7 @@ class AsyncClient:
         """A call whose answer is a stream of events."""
         request = self._http.build_request("POST", path, json=body)
         response = await self._http.send(request, stream=True)
-        if not response.is_success:
+        if not is_stream(response):
             await response.aread()
             raise response_error(response)
         return AsyncTurnStream(response)
@@ -114,8 +114,8 @@ class AsyncTurnStream:
 
     async def __aiter__(self) -> AsyncIterator[str]:
         async with self:
-            async for data in self._response.aiter_bytes():
-                for text in self._progress.feed(data):
+            async for event in EventSource(self._response).aiter_sse():
+                if text := self._progress.take(event):
                     yield text
         self._progress.final()
 
@@ -153,13 +153,8 @@ class AsyncSession:
         self,
         messages: Messages | None = None,
         *,
-        text: str | None = None,
-        input_ids: Sequence[int] | None = None,
-        sampling: Mapping[str, Any] | None = None,
-        tool_choice: ToolChoice | None = None,
-        expected_version: int | None = None,
-        return_output_ids: bool = False,
         stream: Literal[False] = False,
+        **options: Unpack[AppendOptions],
     ) -> Turn: ...
 
     @overload
@@ -167,45 +162,23 @@ class AsyncSession:
         self,
         messages: Messages | None = None,
         *,
-        text: str | None = None,
-        input_ids: Sequence[int] | None = None,
-        sampling: Mapping[str, Any] | None = None,
-        tool_choice: ToolChoice | None = None,
-        expected_version: int | None = None,
-        return_output_ids: bool = False,
         stream: Literal[True],
+        **options: Unpack[AppendOptions],
     ) -> AsyncTurnStream: ...
 
     async def append(
         self,
         messages: Messages | None = None,
         *,
-        text: str | None = None,
-        input_ids: Sequence[int] | None = None,
-        sampling: Mapping[str, Any] | None = None,
-        tool_choice: ToolChoice | None = None,
-        expected_version: int | None = None,
-        return_output_ids: bool = False,
         stream: bool = False,
+        **options: Unpack[AppendOptions],
     ) -> Turn | AsyncTurnStream:
         """Append what is new and generate the answer.
-
-        Exactly one of `messages`, `text` and `input_ids` is given. `sampling` takes the server's
-        fields (``max_tokens``, ``temperature``, ``json_schema``, ...).
 
         Raises:
             ApiError: The kind that says what was wrong; nothing was committed.
         """
-        body = append_body(
-            messages,
-            text,
-            input_ids,
-            sampling,
-            tool_choice,
-            expected_version,
-            return_output_ids,
-            stream,
-        )
+        body = append_body(messages, options, stream=stream)
         path = f"/v1/sessions/{self.id}/append"
         if stream:
             return await self._client.stream(path, body)

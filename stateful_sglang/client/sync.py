@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, Unpack, overload
 
 import httpx
+from httpx_sse import EventSource
 
 from stateful_sglang import loopback
 from stateful_sglang.client.errors import ApiError, SessionNotFoundError, error_of
-from stateful_sglang.client.events import TurnProgress
-from stateful_sglang.client.types import Messages, ToolChoice, Turn, append_body, open_body
+from stateful_sglang.client.events import TurnProgress, is_stream
+from stateful_sglang.client.types import (
+    AppendOptions,
+    Messages,
+    OpenOptions,
+    Turn,
+    append_body,
+    open_body,
+)
 
 DEFAULT_TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 """Seconds; a long prompt on a small machine takes its time."""
@@ -37,18 +45,10 @@ class Client:
             mounts=loopback.direct(base_url),
         )
 
-    def open(
-        self,
-        *,
-        system: str | None = None,
-        tools: Sequence[Mapping[str, Any]] = (),
-        messages: Messages | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> Session:
+    def open(self, **options: Unpack[OpenOptions]) -> Session:
         """Open a session; nothing is computed before its first append."""
-        body = open_body(system, tools, messages, chat_template_kwargs, metadata)
-        return Session(self, self.request("POST", "/v1/sessions", body)["id"])
+        reply = self.request("POST", "/v1/sessions", open_body(options))
+        return Session(self, reply["id"])
 
     def session(self, session_id: str) -> Session:
         """A handle on a session opened earlier; its existence is not checked."""
@@ -76,7 +76,7 @@ class Client:
         """A call whose answer is a stream of events."""
         request = self._http.build_request("POST", path, json=body)
         response = self._http.send(request, stream=True)
-        if not response.is_success:
+        if not is_stream(response):
             response.read()
             raise response_error(response)
         return TurnStream(response)
@@ -111,8 +111,9 @@ class TurnStream:
 
     def __iter__(self) -> Iterator[str]:
         with self:
-            for data in self._response.iter_bytes():
-                yield from self._progress.feed(data)
+            for event in EventSource(self._response).iter_sse():
+                if text := self._progress.take(event):
+                    yield text
         self._progress.final()
 
     def read(self) -> Turn:
@@ -149,13 +150,8 @@ class Session:
         self,
         messages: Messages | None = None,
         *,
-        text: str | None = None,
-        input_ids: Sequence[int] | None = None,
-        sampling: Mapping[str, Any] | None = None,
-        tool_choice: ToolChoice | None = None,
-        expected_version: int | None = None,
-        return_output_ids: bool = False,
         stream: Literal[False] = False,
+        **options: Unpack[AppendOptions],
     ) -> Turn: ...
 
     @overload
@@ -163,45 +159,23 @@ class Session:
         self,
         messages: Messages | None = None,
         *,
-        text: str | None = None,
-        input_ids: Sequence[int] | None = None,
-        sampling: Mapping[str, Any] | None = None,
-        tool_choice: ToolChoice | None = None,
-        expected_version: int | None = None,
-        return_output_ids: bool = False,
         stream: Literal[True],
+        **options: Unpack[AppendOptions],
     ) -> TurnStream: ...
 
     def append(
         self,
         messages: Messages | None = None,
         *,
-        text: str | None = None,
-        input_ids: Sequence[int] | None = None,
-        sampling: Mapping[str, Any] | None = None,
-        tool_choice: ToolChoice | None = None,
-        expected_version: int | None = None,
-        return_output_ids: bool = False,
         stream: bool = False,
+        **options: Unpack[AppendOptions],
     ) -> Turn | TurnStream:
         """Append what is new and generate the answer.
-
-        Exactly one of `messages`, `text` and `input_ids` is given. `sampling` takes the server's
-        fields (``max_tokens``, ``temperature``, ``json_schema``, ...).
 
         Raises:
             ApiError: The kind that says what was wrong; nothing was committed.
         """
-        body = append_body(
-            messages,
-            text,
-            input_ids,
-            sampling,
-            tool_choice,
-            expected_version,
-            return_output_ids,
-            stream,
-        )
+        body = append_body(messages, options, stream=stream)
         path = f"/v1/sessions/{self.id}/append"
         if stream:
             return self._client.stream(path, body)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from stateful_sglang.session.turn import Usage
 
@@ -79,45 +79,52 @@ class Turn:
         )
 
 
-def open_body(
-    system: str | None,
-    tools: Sequence[Mapping[str, Any]],
-    messages: Messages | None,
-    chat_template_kwargs: Mapping[str, Any] | None,
-    metadata: Mapping[str, str] | None,
-) -> dict[str, Any]:
+class OpenOptions(TypedDict, total=False):
+    """What a session can be opened with: the fields of ``POST /v1/sessions``."""
+
+    system: str | None
+    tools: Sequence[Mapping[str, Any]]
+    messages: Messages | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    metadata: Mapping[str, str] | None
+
+
+class AppendOptions(TypedDict, total=False):
+    """How to append and answer: the fields of ``POST /v1/sessions/{id}/append``.
+
+    Exactly one of messages, `text` and `input_ids` is given.
+    """
+
+    text: str | None
+    input_ids: Sequence[int] | None
+    sampling: Mapping[str, Any] | None
+    """The server's fields: ``max_tokens``, ``temperature``, ``json_schema``, ..."""
+    tool_choice: ToolChoice | None
+    expected_version: int | None
+    return_output_ids: bool
+
+
+def open_body(options: OpenOptions) -> dict[str, Any]:
     """Body of ``POST /v1/sessions``, what is absent left out."""
-    body = {
-        "system": system,
-        "tools": list(tools) or None,
-        "messages": None if messages is None else message_list(messages),
-        "chat_template_kwargs": chat_template_kwargs,
-        "metadata": metadata,
-    }
-    return {name: value for name, value in body.items() if value is not None}
+    body: dict[str, Any] = {**options}
+    if (messages := options.get("messages")) is not None:
+        body["messages"] = message_list(messages)
+    return _given({**body, "tools": list(options.get("tools") or ()) or None})
 
 
 def append_body(
-    messages: Messages | None,
-    text: str | None,
-    input_ids: Sequence[int] | None,
-    sampling: Mapping[str, Any] | None,
-    tool_choice: ToolChoice | None,
-    expected_version: int | None,
-    return_output_ids: bool,
-    stream: bool,
+    messages: Messages | None, options: AppendOptions, *, stream: bool
 ) -> dict[str, Any]:
     """Body of an append, what is absent left out."""
-    body = {
-        "messages": None if messages is None else message_list(messages),
-        "text": text,
-        "input_ids": None if input_ids is None else list(input_ids),
-        "sampling": sampling,
-        "tool_choice": tool_choice,
-        "expected_version": expected_version,
-        "return_output_ids": return_output_ids or None,
-        "stream": stream or None,
-    }
+    body: dict[str, Any] = {**options}
+    if messages is not None:
+        body["messages"] = message_list(messages)
+    if (ids := options.get("input_ids")) is not None:
+        body["input_ids"] = list(ids)
+    return _given({**body, "stream": stream or None})
+
+
+def _given(body: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}
 
 

@@ -19,12 +19,11 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
+from bench.harness.server import Server
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from schemathesis.generation import GenerationMode
-
-from bench.harness.server import Server
 
 pytestmark = pytest.mark.server
 
@@ -111,7 +110,7 @@ def _bounded(body: Any) -> Any:
     sampling = body.get("sampling", {})
     if isinstance(sampling, dict):
         wanted = sampling.get("max_tokens", MAX_TOKENS)
-        if type(wanted) is int and wanted >= MAX_TOKENS or wanted is None:
+        if wanted is None or (type(wanted) is int and wanted >= MAX_TOKENS):
             floor = sampling.get("min_tokens")
             keep = min(floor, MAX_TOKENS) if type(floor) is int and floor > 0 else floor
             extra = {} if floor is None else {"min_tokens": keep}
@@ -142,7 +141,7 @@ def _drive_operation(driver: Driver, operation: Any, mode: GenerationMode, examp
             sent["method"],
             sent["url"],
             params=sent.get("params"),
-            headers={k: v for k, v in (sent.get("headers") or {}).items()},
+            headers=dict(sent.get("headers") or {}),
             json=sent.get("json"),
         )
         driver.send(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import typing
 from typing import Any
 
 import httpx
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from session_server import app_of, served
 
 from stateful_sglang import client as frontend
-from stateful_sglang.client.events import EventReader
+from stateful_sglang.api.native.schemas import AppendBody, OpenBody
+from stateful_sglang.client.types import AppendOptions, OpenOptions
 
 pytestmark = pytest.mark.anyio
 
@@ -145,7 +147,11 @@ async def test_an_error_within_a_stream_is_raised_while_reading_it() -> None:
 
 async def test_a_stream_that_is_cut_is_an_error() -> None:
     def cut(_: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, content=b'event: delta\ndata: {"text": "x"}\n\n')
+        return httpx.Response(
+            200,
+            headers={"content-type": "text/event-stream"},
+            content=b'event: delta\ndata: {"text": "x"}\n\n',
+        )
 
     client = frontend.Client("http://test", transport=httpx.MockTransport(cut))
     with pytest.raises(frontend.ServerError, match="ended before"):
@@ -161,15 +167,44 @@ async def test_an_error_page_of_somebody_else_is_an_error_too() -> None:
         client.open()
 
 
-@given(
-    st.lists(st.dictionaries(st.text(max_size=5), st.text(max_size=20)), max_size=5),
-    st.integers(1, 9),
-)
-def test_events_are_the_same_however_the_stream_is_cut(
-    data: list[dict[str, str]], size: int
-) -> None:
-    stream = b"".join(f"event: e\ndata: {json.dumps(each)}\n\n".encode() for each in data)
-    reader = EventReader()
-    pieces = [stream[at : at + size] for at in range(0, len(stream), size)]
-    events = [event for piece in pieces for event in reader.feed(piece)]
-    assert [event.data for event in events] == data
+_REPLY = {
+    "id": "s",
+    "version": 1,
+    "text": "",
+    "message": {"role": "assistant", "content": ""},
+    "finish_reason": "stop",
+    "usage": dict.fromkeys(
+        ("history_tokens", "delta_tokens", "cached_tokens", "computed_tokens", "generated_tokens"),
+        0,
+    )
+    | {"accepted_per_step": None, "ttft_ms": 0.0, "total_ms": 0.0},
+}
+
+
+@given(st.lists(st.text(min_size=1, max_size=20), max_size=5), st.integers(1, 9))
+def test_a_stream_says_the_same_however_it_is_cut(texts: list[str], size: int) -> None:
+    events = [("delta", {"text": text}) for text in texts] + [("done", _REPLY)]
+    body = "".join(f"event: {name}\ndata: {json.dumps(data)}\n\n" for name, data in events).encode()
+
+    def cut(_: httpx.Request) -> httpx.Response:
+        pieces = (body[at : at + size] for at in range(0, len(body), size))
+        return httpx.Response(200, headers={"content-type": "text/event-stream"}, content=pieces)
+
+    client = frontend.Client("http://test", transport=httpx.MockTransport(cut))
+    stream = client.session("s").append("x", stream=True)
+    assert list(stream) == texts
+    assert stream.turn.version == 1
+
+
+def test_both_clients_take_the_same_options() -> None:
+    """They are declared once; a client that named its own would drift."""
+    for name in ("append", "get", "close"):
+        assert hasattr(frontend.Session, name)
+        assert hasattr(frontend.AsyncSession, name)
+    ours = typing.get_type_hints(frontend.Session.append)
+    theirs = typing.get_type_hints(frontend.AsyncSession.append)
+    assert ours["options"] == theirs["options"] == typing.Unpack[AppendOptions]
+    assert set(AppendOptions.__annotations__) | {"messages", "stream"} == set(
+        AppendBody.model_fields
+    )
+    assert set(OpenOptions.__annotations__) == set(OpenBody.model_fields)
