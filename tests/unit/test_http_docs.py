@@ -1,0 +1,85 @@
+"""docs/http-api.md says what the code does: routes, fields, events, errors and usage figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from engine_double import EngineDouble
+from session_server import app_of
+
+from stateful_sglang.api import errors as api_errors
+from stateful_sglang.api.native import schemas
+from stateful_sglang.session import errors as session_errors
+from stateful_sglang.session.turn import Usage
+
+PAGE = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text(encoding="utf-8")
+
+
+def table(heading: str) -> list[list[str]]:
+    """Cells of the first table under a heading, without its two header rows."""
+    match = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    assert match is not None, f"no heading {heading!r}"
+    rows = [line for line in match[1].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def names(heading: str) -> list[str]:
+    return [row[0].strip("`") for row in table(heading)]
+
+
+def test_every_route_is_listed_and_no_other() -> None:
+    paths = app_of(EngineDouble()).openapi()["paths"]
+    served = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
+    assert set(names("Routes")) == served
+
+
+@pytest.mark.parametrize(
+    ("heading", "model"),
+    [
+        ("Opening a session", schemas.OpenBody),
+        ("Appending", schemas.AppendBody),
+        ("A message", schemas.MessageBody),
+        ("Sampling", schemas.SamplingBody),
+    ],
+)
+def test_a_body_has_the_fields_that_are_listed(heading: str, model: type[schemas.Body]) -> None:
+    assert names(heading) == list(model.model_fields)
+
+
+def test_usage_has_the_figures_that_are_listed() -> None:
+    assert names("Usage") == [field.name for field in dataclasses.fields(Usage)]
+
+
+@pytest.mark.anyio
+async def test_a_session_and_a_turn_have_the_fields_that_are_listed() -> None:
+    import httpx
+
+    transport = httpx.ASGITransport(app_of(EngineDouble()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        session = (await http.post("/v1/sessions", json={})).json()
+        assert list(session) == names("A session")
+        body = {"messages": [{"role": "user", "content": "x"}], "return_output_ids": True}
+        turn = (await http.post(f"/v1/sessions/{session['id']}/append", json=body)).json()
+        assert list(turn) == names("A turn")
+        assert list(turn["usage"]) == names("Usage")
+        stream = await http.post(
+            f"/v1/sessions/{session['id']}/append", json={**body, "stream": True}
+        )
+        events = set(re.findall(r"^event: (\w+)$", stream.text, re.MULTILINE))
+        assert {"delta", "done"} == events == set(names("Streams")) - {"error"}
+
+
+def test_every_error_is_listed_with_its_status() -> None:
+    kinds = [
+        kind
+        for module in (session_errors, api_errors)
+        for kind in vars(module).values()
+        if isinstance(kind, type)
+        and issubclass(kind, session_errors.SessionError)
+        and kind is not session_errors.SessionError
+    ]
+    listed = {row[0].strip("`"): int(row[1]) for row in table("Errors")}
+    assert {kind.kind for kind in kinds} <= set(listed)
