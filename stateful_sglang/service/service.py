@@ -113,7 +113,7 @@ class SessionService:
             await turn.wait()
         session = self._store.get(session_id)
         self._store.check_writable(session, body.expected_version)
-        constraint = constraint_of(body, session.conversation.head.tools)
+        constraint = constraint_of(body, session.tip.conversation.head.tools)
         prepared = {}
         if constraint is not None:
             prepared[constraint.engine_kind] = await self._prepared(constraint)
@@ -174,14 +174,15 @@ class SessionService:
 
     def _plan(self, session: Session, body: AppendBody) -> PlannedTurn:
         """What the append adds, rendered and tokenised, and proven to fit."""
-        head, messages = session.conversation.head, None
+        tip = session.tip
+        head, messages = tip.conversation.head, None
         if body.messages is not None:
             new = [message.to_message() for message in body.messages]
             if session.version:
-                messages = [*session.pending, *new]
-                rendered = self._renderer.next(session.conversation, session.transcript, messages)
+                messages = [*tip.pending, *new]
+                rendered = self._renderer.next(tip.conversation, tip.transcript, messages)
             else:
-                head, messages = absorb_system(head, [*session.pending, *new])
+                head, messages = absorb_system(head, [*tip.pending, *new])
                 rendered = self._renderer.first(head, messages)
         else:
             rendered = self._raw(session, body)
@@ -201,17 +202,18 @@ class SessionService:
 
     def _raw(self, session: Session, body: AppendBody) -> RenderedDelta:
         param = "text" if body.text is not None else "input_ids"
-        if not session.version and (opened_with := _opened_with(session)):
+        tip = session.tip
+        if not tip.version and (opened_with := _opened_with(session)):
             raise InvalidInputError(
                 param,
                 f"this session was opened with {' and '.join(opened_with)}, which the first append "
                 "renders: begin with messages, or open a session without",
             )
         if body.text is not None:
-            return self._renderer.text(body.text, session.transcript)
+            return self._renderer.text(body.text, tip.transcript)
         ids: Sequence[int] = body.input_ids or ()
         check_token_ids(ids, self._engine.vocab_size, param)
-        return RenderedDelta(len(session.transcript), array("q", ids))
+        return RenderedDelta(len(tip.transcript), array("q", ids))
 
     def _commit(
         self,
@@ -223,13 +225,14 @@ class SessionService:
         arrived: float,
         ttft: float,
     ) -> Reply:
-        history = len(session.transcript)
+        history = len(session.tip.transcript)
         raw = self._renderer.answer_text(last.output_ids)
         parsed = self._parse(plan, body, last.text, raw)
         finish = "tool_calls" if parsed.calls else str((last.finish or {}).get("type"))
         tokens = self._renderer.answer_tokens(last.output_ids, raw)
         answer = Message("assistant", parsed.content, parsed.calls, raw=raw, tokens=tokens)
-        self._store.commit(session, plan, last.output_ids, answer, finish)
+        commit = self._store.prepare(session, plan, last.output_ids, answer, finish)
+        self._store.publish(session, commit)
         generated = len(last.output_ids)
         asked = body.sampling.max_tokens
         usage = Usage(
@@ -253,7 +256,7 @@ class SessionService:
             message["tool_calls"] = tool_calls.openai_form(parsed.calls)
         reply: Reply = {
             "id": session.id,
-            "version": session.version,
+            "version": commit.version,
             "message": message,
             "text": last.text,
             "finish_reason": finish,
@@ -277,16 +280,17 @@ class SessionService:
         return tool_calls.parse_hermes_calls(text, plan.head)
 
     def _view(self, session: Session) -> dict[str, Any]:
-        tokens = len(session.transcript)
+        tip = session.tip
+        tokens = len(tip.transcript)
         return {
             "id": session.id,
-            "version": session.version,
+            "version": tip.version,
             "busy": session.busy,
             "tokens": tokens,
             "tokens_left": max(0, self._engine.context_length - tokens - 1),
-            "messages": len(session.conversation.messages),
-            "tools": session.conversation.head.tool_names(),
-            "finish_reason": session.finish_reason,
+            "messages": len(tip.conversation.messages),
+            "tools": tip.conversation.head.tool_names(),
+            "finish_reason": tip.finish_reason,
             "metadata": dict(session.metadata),
             "created_at": session.created_at,
             "updated_at": session.updated_at,
@@ -295,12 +299,12 @@ class SessionService:
 
 def _opened_with(session: Session) -> list[str]:
     """What the opening gave that only a chat template can render."""
-    head = session.conversation.head
+    head = session.tip.conversation.head
     given = {
         "system": head.system is not None,
         "tools": bool(head.tools),
         "chat_template_kwargs": bool(head.template_kwargs),
-        "messages": bool(session.pending),
+        "messages": bool(session.tip.pending),
     }
     return [name for name, there in given.items() if there]
 

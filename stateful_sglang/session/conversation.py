@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from stateful_sglang.rendering.templates import PROBE_CALL
 from stateful_sglang.session.messages import Head, Message
+from stateful_sglang.session.shared import Shared
 
 Shape = tuple[tuple[str, ...], ...]
 """Kinds of messages since the last user message, a tuple for each step: the user's, then one for
@@ -17,20 +18,28 @@ RAW_SHAPE: Shape = (("user",), ("assistant",))
 """What a template is told of a history that was appended as text or tokens."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Conversation:
-    """The messages behind a transcript. Changed only by commits."""
+    """The messages behind a transcript, as they were at one commit."""
 
     head: Head = field(default_factory=Head)
-    messages: list[Message] = field(default_factory=list)
+    messages: Shared[Message] = field(default_factory=Shared)
+    """Their storage is shared with the conversations that this one grew from."""
     shape: Shape = ()
     raw: bool = False
     """Text or tokens were appended, so the messages alone don't make up the transcript."""
 
-    def extend(self, messages: Sequence[Message]) -> None:
-        """Append committed messages, in time proportional to how many are new."""
-        self.messages.extend(messages)
-        self.shape = advance(self.shape, messages)
+    def extended(self, head: Head, messages: Sequence[Message] | None) -> Conversation:
+        """This conversation with new messages behind it, in time proportional to how many.
+
+        Args:
+            head: Its head from now on.
+            messages: None where text or tokens were appended instead.
+        """
+        if messages is None:
+            return replace(self, head=head, raw=True)
+        shape = advance(self.shape, messages)
+        return replace(self, head=head, messages=self.messages.extended(messages), shape=shape)
 
 
 def absorb_system(head: Head, messages: Sequence[Message]) -> tuple[Head, list[Message]]:

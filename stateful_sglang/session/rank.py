@@ -5,6 +5,9 @@ with ``base_len``, the committed length, and whatever the rank holds beyond it (
 commit that was never published) is dropped before the delta is appended. So an abort needs no
 message of its own, and every rank of a tensor-parallel group takes the same decisions from the
 same requests.
+
+Transcripts are views of shared storage: a fork of a session is a pointer, and so is what a turn
+leaves behind when it is dropped.
 """
 
 from __future__ import annotations
@@ -64,6 +67,8 @@ class RankSessions:
     def __init__(self) -> None:
         self._tokens: dict[str, Transcript] = {}
         self._turns: dict[str, RankTurn] = {}
+        self._deltas: dict[str, array[int]] = {}
+        """Of the turns in flight, by request: they become tokens of the session at a good end."""
         self._rid_of: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -87,17 +92,34 @@ class RankSessions:
         """
         if (running := self._rid_of.get(session_id)) is not None:
             raise BusySessionError(session_id, running)
-        transcript = self._tokens.get(session_id)
-        held = len(transcript) if transcript is not None else 0
-        if held < base_len:
-            raise StaleBaseError(session_id, base_len, held)
-        if transcript is None:
-            transcript = self._tokens[session_id] = Transcript()
-        transcript.truncate(base_len)
-        transcript.extend(delta)
-        self._turns[rid] = RankTurn(session_id, base_len, len(transcript))
+        transcript = self._held(session_id, base_len)
+        self._tokens[session_id] = transcript.cut(base_len)
+        self._turns[rid] = RankTurn(session_id, base_len, base_len + len(delta))
+        self._deltas[rid] = delta
         self._rid_of[session_id] = rid
-        return transcript.widened()
+        prompt = transcript.wide(0, base_len)
+        prompt.extend(delta)
+        return prompt
+
+    def fork(self, source_id: str, session_id: str, length: int) -> None:
+        """Start a session with the first `length` tokens of another; nothing is copied.
+
+        What the source has in flight takes no part, and both go on independently.
+
+        Raises:
+            StaleBaseError: The source holds fewer tokens.
+            ValueError: A session of that id exists.
+        """
+        if session_id in self._tokens:
+            raise ValueError("cannot fork into a session that exists; take a new id")
+        self._tokens[session_id] = self._held(source_id, length).cut(length)
+
+    def _held(self, session_id: str, length: int) -> Transcript:
+        """What the session holds, at least `length` tokens."""
+        transcript = self._tokens.get(session_id) or Transcript()
+        if len(transcript) < length:
+            raise StaleBaseError(session_id, length, len(transcript))
+        return transcript
 
     def turn_of(self, rid: str) -> RankTurn | None:
         """The turn that request ``rid`` runs, or None for a request without a session."""
@@ -113,12 +135,10 @@ class RankSessions:
         if turn is None:
             return None
         del self._rid_of[turn.session_id]
+        delta = self._deltas.pop(rid)
         transcript = self._tokens.get(turn.session_id)
-        if transcript is not None:
-            if output_ids is None:
-                transcript.truncate(turn.base_len)
-            else:
-                transcript.extend(output_ids)
+        if transcript is not None and output_ids is not None:
+            self._tokens[turn.session_id] = transcript.extended(delta).extended(output_ids)
         return turn
 
     def close(self, session_id: str) -> bool:

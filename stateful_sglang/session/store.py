@@ -8,13 +8,13 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from stateful_sglang.session.conversation import Conversation
 from stateful_sglang.session.errors import (
     SessionBusyError,
     SessionNotFoundError,
     TooManySessionsError,
     VersionMismatchError,
 )
+from stateful_sglang.session.history import Commit, History
 from stateful_sglang.session.messages import Head, Message
 from stateful_sglang.session.transcript import Transcript
 from stateful_sglang.session.turn import PlannedTurn
@@ -25,21 +25,24 @@ class Session:
     """One conversation. Only `SessionStore` changes what is committed."""
 
     id: str
-    conversation: Conversation
-    pending: list[Message]
-    """Messages given at opening, rendered by the first turn."""
+    history: History
     metadata: Mapping[str, str]
-    version: int = 0
-    """Committed turns."""
-    transcript: Transcript = field(default_factory=Transcript)
     busy: bool = False
     held_len: int = 0
-    """Tokens that every rank is sure to hold: fewer than are committed after a turn that rewound
-    and then did not commit."""
-    finish_reason: str | None = None
-    """Of the last committed turn."""
+    """Tokens of the tip that every rank is sure to hold: fewer than are committed after a turn that
+    rewound and then did not commit."""
     created_at: float = field(default_factory=time.time)
     updated_at: float = field(default_factory=time.time)
+
+    @property
+    def tip(self) -> Commit:
+        """The session as last committed."""
+        return self.history.tip
+
+    @property
+    def version(self) -> int:
+        """The number of that commit."""
+        return self.history.tip.version
 
 
 class SessionStore:
@@ -61,13 +64,7 @@ class SessionStore:
         Raises:
             TooManySessionsError: The limit is reached.
         """
-        if len(self._sessions) >= self._max_sessions:
-            raise TooManySessionsError(self._max_sessions)
-        session = Session(
-            secrets.token_urlsafe(18), Conversation(head), list(messages), dict(metadata)
-        )
-        self._sessions[session.id] = session
-        return session
+        return self._add(History.opened(head, messages), metadata)
 
     def get(self, session_id: str) -> Session:
         """The session, or `SessionNotFoundError`."""
@@ -94,37 +91,76 @@ class SessionStore:
         session.busy = True
         base_len = min(plan.base_len, session.held_len)
         session.held_len = base_len
-        return base_len, session.transcript.widened(base_len, plan.base_len) + plan.delta
+        return base_len, session.tip.transcript.wide(base_len, plan.base_len) + plan.delta
 
-    def commit(
+    def prepare(
         self,
         session: Session,
         plan: PlannedTurn,
         output_ids: Sequence[int],
         answer: Message,
         finish_reason: str,
-    ) -> None:
-        """Publish a turn: its tokens and messages become history, the version rises by one."""
-        session.transcript.truncate(plan.base_len)
-        session.transcript.extend(plan.delta)
-        session.transcript.extend(output_ids)
-        session.held_len = len(session.transcript)
-        session.conversation.head = plan.head
-        if plan.messages is None:
-            session.conversation.raw = True
-        else:
-            session.conversation.extend([*plan.messages, answer])
-            session.pending.clear()
-        session.version += 1
-        session.finish_reason = finish_reason
+    ) -> Commit:
+        """What the session is to be after the turn; nothing of it is seen before `publish`."""
+        return session.history.prepare(
+            base_len=plan.base_len,
+            tokens=[*plan.delta, *output_ids],
+            head=plan.head,
+            messages=None if plan.messages is None else [*plan.messages, answer],
+            finish_reason=finish_reason,
+        )
+
+    def publish(self, session: Session, commit: Commit) -> None:
+        """Make a prepared commit the session's version. The ranks hold its tokens already."""
+        session.history.publish(commit)
+        session.held_len = len(commit.transcript)
         session.updated_at = time.time()
 
     def release(self, session: Session) -> None:
         """End the session's turn, committed or not."""
         session.busy = False
 
+    def rollback(self, session: Session, version: int) -> None:
+        """Take a session back to one of its versions. The next turn tells the ranks.
+
+        Raises:
+            SessionBusyError: A turn runs.
+            UnknownVersionError: The session has no such version.
+        """
+        self.check_writable(session, None)
+        before = session.tip.transcript
+        session.history.rollback(version)
+        session.held_len = _shared(session.held_len, before, session.tip.transcript)
+        session.updated_at = time.time()
+
+    def fork(self, source: Session, version: int) -> Session:
+        """Add a session that shares another's past up to a version, while the other may run.
+
+        Its `held_len` is what a rank can share as well: the ranks are to be told to fork the source
+        at that length before the new session's first turn.
+
+        Raises:
+            TooManySessionsError: The limit is reached.
+            UnknownVersionError: The source has no such version.
+        """
+        session = self._add(source.history.fork(version), source.metadata)
+        session.held_len = _shared(source.held_len, source.tip.transcript, session.tip.transcript)
+        return session
+
     def remove(self, session_id: str) -> Session:
         """Forget a session and return it, or raise `SessionNotFoundError`."""
         session = self.get(session_id)
         del self._sessions[session_id]
         return session
+
+    def _add(self, history: History, metadata: Mapping[str, str]) -> Session:
+        if len(self._sessions) >= self._max_sessions:
+            raise TooManySessionsError(self._max_sessions)
+        session = Session(secrets.token_urlsafe(18), history, dict(metadata))
+        self._sessions[session.id] = session
+        return session
+
+
+def _shared(held_len: int, before: Transcript, after: Transcript) -> int:
+    """Tokens of `after` that a rank holds which held `held_len` tokens of `before`."""
+    return min(held_len, before.common_prefix(after))

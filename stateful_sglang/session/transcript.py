@@ -1,69 +1,55 @@
-"""The session's tokens, exactly as computed: one growing array, four bytes a token."""
+"""The session's tokens, exactly as computed: four bytes each, shared by versions and forks."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+
+from stateful_sglang.session.shared import Shared
 
 _CHUNK = 4096
 """Tokens compared at once: slices of arrays compare at memory speed, elements do not."""
 
 
-class Transcript:
-    """Append-only tokens, typecode ``'i'``; what a turn left behind is cut with `truncate`."""
+class Transcript(Shared[int]):
+    """Immutable tokens, typecode ``'i'``; see `Shared` for what growing and cutting cost."""
 
-    __slots__ = ("_tokens",)
+    __slots__ = ()
 
-    def __init__(self, tokens: Iterable[int] = ()) -> None:
-        self._tokens = array("i", tokens)
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._tokens)
-
-    def extend(self, tokens: Iterable[int]) -> None:
-        """Append tokens, in time proportional to how many are new."""
-        self._tokens.extend(array("i", tokens))
-
-    def truncate(self, length: int) -> None:
-        """Drop every token from position `length` on.
-
-        Raises:
-            ValueError: `length` is negative or lies beyond the end.
-        """
-        if not 0 <= length <= len(self._tokens):
-            raise ValueError(
-                f"cannot truncate to {length} tokens: the transcript holds {len(self._tokens)}"
-            )
-        del self._tokens[length:]
+    @staticmethod
+    def _stored(items: Iterable[int]) -> array[int]:
+        return array("i", items)
 
     def slice(self, start: int, stop: int | None = None) -> array[int]:
         """A copy of the tokens in ``[start, stop)``; `stop` defaults to the end."""
-        return self._tokens[start:stop]
+        tokens = super().slice(start, stop)
+        assert isinstance(tokens, array)
+        return tokens
 
-    def widened(self, start: int = 0, stop: int | None = None) -> array[int]:
-        """A copy of ``[start, stop)`` as typecode ``'q'``, which SGLang takes, at memory speed."""
-        tokens = np.frombuffer(self._tokens[start:stop], dtype=np.intc)
-        return array("q", tokens.astype(np.int64).tobytes())
-
-    def last(self) -> int | None:
-        """The last token, or None where there is none yet."""
-        return self._tokens[-1] if self._tokens else None
+    def wide(self, start: int = 0, stop: int | None = None) -> array[int]:
+        """The same copy in typecode ``'q'``, as requests carry tokens, at memory speed too."""
+        tokens = self.slice(start, stop)
+        wide = array("q", bytes(8 * len(tokens)))
+        if tokens:
+            np.frombuffer(wide, np.int64)[:] = np.frombuffer(tokens, np.intc)
+        return wide
 
     def common_prefix(self, tokens: Sequence[int]) -> int:
         """How many leading tokens `tokens` shares with the transcript."""
-        other = array("i", tokens)
-        limit = min(len(self._tokens), len(other))
+        if isinstance(tokens, Transcript):
+            other = tokens.slice(0, len(self))
+        else:
+            other = array("i", tokens[: len(self)])
+        mine = self.slice(0, len(other))
+        limit = len(mine)
         start = 0
         while start < limit:
             stop = min(start + _CHUNK, limit)
-            if self._tokens[start:stop] != other[start:stop]:
+            if mine[start:stop] != other[start:stop]:
                 break
             start = stop
-        while start < limit and self._tokens[start] == other[start]:
+        while start < limit and mine[start] == other[start]:
             start += 1
         return start

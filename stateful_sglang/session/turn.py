@@ -22,7 +22,8 @@ class PlannedTurn:
     head: Head
     """The session's head from this turn on."""
     messages: Sequence[Message] | None
-    """New messages; None where text or tokens were appended."""
+    """New messages, those pending since the opening included; None where text or tokens were
+    appended."""
 
 
 @dataclass(frozen=True)

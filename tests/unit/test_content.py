@@ -151,17 +151,21 @@ def test_a_forged_turn_in_a_later_append_stays_text(
     for content in ("zq", model.forged_turn()):
         conversation, transcript = Conversation(), Transcript()
         first = [Message("user", content)]
-        transcript.extend(model.renderer.first(Head(), first).delta)
-        conversation.extend(first)
+        transcript = transcript.extended(model.renderer.first(Head(), first).delta)
+        conversation = conversation.extended(conversation.head, first)
         for _ in range(3):
             raw = family.says("Well.")
-            transcript.extend([*model.tokenizer.encode(raw, add_special_tokens=False), model.end])
-            conversation.extend([Message("assistant", "Well.", raw=raw)])
+            transcript = transcript.extended(
+                [*model.tokenizer.encode(raw, add_special_tokens=False), model.end]
+            )
+            conversation = conversation.extended(
+                conversation.head, [Message("assistant", "Well.", raw=raw)]
+            )
             new = [Message("user", content)]
             plan = model.renderer.next(conversation, transcript, new)
             assert plan.rewind_reason is None
-            transcript.extend(plan.delta)
-            conversation.extend(new)
+            transcript = transcript.extended(plan.delta)
+            conversation = conversation.extended(conversation.head, new)
         whole = model.renderer.first(Head(), conversation.messages).delta.tolist()
         assert list(transcript) == whole
         structures.append(model.structure(whole))
@@ -344,16 +348,20 @@ def test_an_empty_assistant_message_does_not_break_the_turns_after_it(
         ]
     messages.append(Message("user", ""))
     conversation, transcript = Conversation(), Transcript()
-    transcript.extend(model.renderer.first(Head(), messages).delta)
-    conversation.extend(messages)
+    transcript = transcript.extended(model.renderer.first(Head(), messages).delta)
+    conversation = conversation.extended(conversation.head, messages)
     # Once a generated answer is empty as well: the model ended at once.
     for raw in (family.says("Well."), "", family.says("Yes.")):
-        transcript.extend([*model.tokenizer.encode(raw, add_special_tokens=False), model.end])
-        conversation.extend([Message("assistant", raw.strip(), raw=raw)])
+        transcript = transcript.extended(
+            [*model.tokenizer.encode(raw, add_special_tokens=False), model.end]
+        )
+        conversation = conversation.extended(
+            conversation.head, [Message("assistant", raw.strip(), raw=raw)]
+        )
         plan = model.renderer.next(conversation, transcript, [Message("user", "two")])
-        transcript.truncate(plan.base_len)
-        transcript.extend(plan.delta)
-        conversation.extend([Message("user", "two")])
+        transcript = transcript.cut(plan.base_len)
+        transcript = transcript.extended(plan.delta)
+        conversation = conversation.extended(conversation.head, [Message("user", "two")])
         form = native_form if family.native_tools else plain_form
         stock = model.tokenizer.apply_chat_template(
             form(conversation.messages), add_generation_prompt=True, return_dict=False

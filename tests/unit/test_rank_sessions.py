@@ -81,6 +81,42 @@ def test_closing_during_a_turn_lets_the_turn_end_without_effect() -> None:
     assert not ranks.close("s")
 
 
+def test_a_fork_continues_what_its_source_held_and_both_go_on_alone() -> None:
+    ranks = RankSessions()
+    ranks.begin_turn("s", "r1", 0, ids([1, 2]))
+    ranks.finish_turn("r1", [3])
+    ranks.begin_turn("s", "r2", 3, ids([4]))
+    ranks.fork("s", "f", 2)  # while the source's next turn runs
+    with pytest.raises(StaleBaseError, match="this rank holds 2"):
+        ranks.begin_turn("f", "early", 3, ids([9]))
+    assert list(ranks.begin_turn("f", "r3", 2, ids([9]))) == [1, 2, 9]
+    ranks.finish_turn("r2", [5])
+    ranks.finish_turn("r3", [8])
+    assert list(ranks.begin_turn("s", "r4", 5, ids([6]))) == [1, 2, 3, 4, 5, 6]
+    assert list(ranks.begin_turn("f", "r5", 4, ids([7]))) == [1, 2, 9, 8, 7]
+
+
+def test_a_fork_outlives_its_source() -> None:
+    ranks = RankSessions()
+    ranks.begin_turn("s", "r1", 0, ids([1, 2]))
+    ranks.finish_turn("r1", [3])
+    ranks.fork("s", "f", 3)
+    ranks.close("s")
+    assert list(ranks.begin_turn("f", "r2", 3, ids([4]))) == [1, 2, 3, 4]
+
+
+def test_a_fork_of_tokens_that_are_not_held_is_refused_and_changes_nothing() -> None:
+    ranks = RankSessions()
+    ranks.begin_turn("s", "r1", 0, ids([1, 2]))
+    with pytest.raises(StaleBaseError, match="this rank holds 0"):
+        ranks.fork("s", "f", 1)  # the turn in flight isn't committed
+    with pytest.raises(StaleBaseError):
+        ranks.fork("unknown", "f", 1)
+    assert "f" not in ranks
+    with pytest.raises(ValueError, match="a session that exists"):
+        ranks.fork("unknown", "s", 0)
+
+
 class RankMachine(RuleBasedStateMachine):
     """Turns that commit, abort or are never published, against plain lists."""
 
@@ -110,6 +146,15 @@ class RankMachine(RuleBasedStateMachine):
         self.ranks.finish_turn(rid, None if fate == "abort" else output)
         if fate == "commit":
             self.committed[session] = prompt + output
+
+    @rule(source=st.sampled_from("abc"), name=st.sampled_from("abc"), part=st.floats(0, 1))
+    def fork(self, source: str, name: str, part: float) -> None:
+        if name in self.committed:
+            return
+        held = self.committed.get(source, [])
+        length = int(part * len(held))
+        self.ranks.fork(source, name, length)
+        self.committed[name] = held[:length]
 
     @rule(session=st.sampled_from("abc"))
     def close(self, session: str) -> None:

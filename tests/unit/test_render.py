@@ -50,14 +50,14 @@ class Chat:
         """Render a turn, check it against a full render, and apply it."""
         conversation, messages = self.conversation, list(new)
         if not len(self.transcript):
-            conversation.head, messages = absorb_system(conversation.head, messages)
-            plan = self.renderer.first(conversation.head, messages)
+            head, messages = absorb_system(conversation.head, messages)
+            plan = self.renderer.first(head, messages)
         else:
+            head = conversation.head
             plan = self.renderer.next(conversation, self.transcript, messages)
         self.rewinds.append(len(self.transcript) - plan.base_len)
-        self.transcript.truncate(plan.base_len)
-        self.transcript.extend(plan.delta)
-        conversation.extend(messages)
+        self.transcript = self.transcript.cut(plan.base_len).extended(plan.delta)
+        self.conversation = conversation.extended(head, messages)
         return plan
 
     def answer(self, content: str, *calls: ToolCall, end: bool = True) -> None:
@@ -65,10 +65,21 @@ class Chat:
         said = self.family.says(content) if content else ""
         text = said + "\n".join(self.family.call(call) for call in calls)
         ids = self.tokenizer.encode(text, add_special_tokens=False)
-        self.transcript.extend([*ids, self.end] if end else ids)
         raw = self.renderer.answer_text([*ids, self.end] if end else ids)
         tokens = self.renderer.answer_tokens(ids, raw)
-        self.conversation.extend([Message("assistant", content, calls, raw=raw, tokens=tokens)])
+        message = Message("assistant", content, calls, raw=raw, tokens=tokens)
+        self.commit([*ids, self.end] if end else ids, message)
+
+    def commit(self, ids: list[int], message: Message) -> None:
+        """Append generated tokens and the message they are."""
+        self.transcript = self.transcript.extended(ids)
+        self.conversation = self.conversation.extended(self.conversation.head, [message])
+
+    def append_text(self, text: str) -> None:
+        """Append raw text, for which no message stands."""
+        rendered = self.renderer.text(text, self.transcript)
+        self.transcript = self.transcript.extended(rendered.delta)
+        self.conversation = self.conversation.extended(self.conversation.head, None)
 
     def full(self) -> list[int]:
         """The conversation so far, rendered and tokenised as a whole."""
@@ -197,7 +208,7 @@ def test_a_foreign_end_token_is_replaced_by_the_templates_own(smollm_tokenizer: 
     for chat in (ended, foreign):
         chat.ask(user("Hello"))
         chat.answer("Hi there", end=chat is ended)
-    foreign.transcript.extend([other])
+    foreign.transcript = foreign.transcript.extended([other])
     ended.ask(user("Bye"))
     plan = foreign.ask(user("Bye"))
     assert plan.rewind_reason == "end_token"
@@ -265,9 +276,8 @@ def test_an_answer_that_only_closes_its_thought_extends(smollm_tokenizer: Any) -
     chat.ask(user("Look"))
     raw = "let me see\n</think>\n\n" + hermes_call(CALL)
     ids = chat.tokenizer.encode(raw, add_special_tokens=False)
-    chat.transcript.extend([*ids, chat.end])
     message = Message("assistant", "let me see\n</think>\n\n", (CALL,), raw=raw)
-    chat.conversation.extend([message])
+    chat.commit([*ids, chat.end], message)
     assert chat.ask(result("text")).rewind_reason is None
     assert chat.rewinds[-1] == 0
     assert list(chat.transcript) == chat.full()
@@ -313,8 +323,7 @@ def test_tools_reach_a_template_without_them_through_the_system_prompt(
 
 def test_messages_after_text_close_the_text(smollm_tokenizer: Any) -> None:
     chat = Chat(FAMILIES[0], smollm_tokenizer)
-    chat.transcript.extend(chat.renderer.text("Once upon a time", chat.transcript).delta)
-    chat.conversation.raw = True
+    chat.append_text("Once upon a time")
     chat.ask(user("Who?"))
     assert smollm_tokenizer.decode(list(chat.transcript)) == (
         "Once upon a time<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
@@ -325,8 +334,7 @@ def test_messages_after_text_are_refused_where_history_is_rewritten(smollm_token
     family = Family("qwen3-nothink", QWEN3, "<|im_end|>")
     head = Head(template_kwargs={"enable_thinking": False})
     chat = Chat(family, family.tokenizer(smollm_tokenizer), head)
-    chat.transcript.extend(chat.renderer.text("Once", chat.transcript).delta)
-    chat.conversation.raw = True
+    chat.append_text("Once")
     with pytest.raises(InvalidInputError, match="rewrites earlier turns"):
         chat.ask(user("Who?"))
 
