@@ -18,6 +18,7 @@ _STATUS: Mapping[type[errors.SessionError], int] = {
     errors.InvalidInputError: 422,
     errors.TooManySessionsError: 429,
     errors.TurnAbortedError: 503,
+    errors.CommitFailedError: 507,
 }
 _ENGINE_KIND: Mapping[int, str] = {
     409: "session_conflict",

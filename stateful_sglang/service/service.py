@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from array import array
@@ -30,13 +31,18 @@ from stateful_sglang.service.sampling import (
 from stateful_sglang.service.turns import Reply, RunningTurn
 from stateful_sglang.session.conversation import absorb_system
 from stateful_sglang.session.errors import (
+    CommitFailedError,
     ContextOverflowError,
     InvalidInputError,
     SessionClosedError,
 )
+from stateful_sglang.session.history import Commit
+from stateful_sglang.session.journal.base import CommitLog, NoLog
 from stateful_sglang.session.messages import Message
 from stateful_sglang.session.store import Session, SessionStore
 from stateful_sglang.session.turn import PlannedTurn, Usage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,17 @@ class Limits:
 class SessionService:
     """The one owner of sessions in the API process."""
 
-    def __init__(self, engine: TurnEngine, limits: Limits | None = None) -> None:
+    def __init__(
+        self, engine: TurnEngine, limits: Limits | None = None, log: CommitLog | None = None
+    ) -> None:
+        """
+        Args:
+            engine: The model server.
+            limits: None for the defaults.
+            log: Records commits before they are published; None keeps them in memory alone.
+        """
         limits = limits or Limits()
+        self._log = log or NoLog()
         self._engine = engine
         self._store = SessionStore(limits.max_sessions)
         self._constraints = Constraints(engine.check_constraint)
@@ -131,8 +146,8 @@ class SessionService:
         )
         base_len, delta = self._store.begin(session, plan)
 
-        def commit(last: TurnProgress, first_token_at: float) -> Reply:
-            return self._commit(
+        async def commit(last: TurnProgress, first_token_at: float) -> Reply:
+            return await self._commit(
                 session, plan, body, last, max_tokens, arrived, first_token_at - arrived
             )
 
@@ -215,7 +230,7 @@ class SessionService:
         check_token_ids(ids, self._engine.vocab_size, param)
         return RenderedDelta(len(tip.transcript), array("q", ids))
 
-    def _commit(
+    async def _commit(
         self,
         session: Session,
         plan: PlannedTurn,
@@ -232,6 +247,7 @@ class SessionService:
         tokens = self._renderer.answer_tokens(last.output_ids, raw)
         answer = Message("assistant", parsed.content, parsed.calls, raw=raw, tokens=tokens)
         commit = self._store.prepare(session, plan, last.output_ids, answer, finish)
+        await self._record(session, commit)
         self._store.publish(session, commit)
         generated = len(last.output_ids)
         asked = body.sampling.max_tokens
@@ -265,6 +281,13 @@ class SessionService:
         if body.return_output_ids:
             reply["output_ids"] = list(last.output_ids)
         return reply
+
+    async def _record(self, session: Session, commit: Commit) -> None:
+        try:
+            await self._log.append(session.id, commit)
+        except Exception as error:
+            logger.exception("a commit of version %d could not be recorded", commit.version)
+            raise CommitFailedError(f"{type(error).__name__}: {error}") from error
 
     def _parse(
         self, plan: PlannedTurn, body: AppendBody, text: str, raw: str

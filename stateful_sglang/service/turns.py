@@ -6,8 +6,8 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, suppress
 from typing import Any, cast
 
 from stateful_sglang.api.errors import EngineError
@@ -29,8 +29,9 @@ _REFUSED_CONSTRAINT = re.compile(
 class RunningTurn:
     """Runs one turn to its commit, its abort or its error.
 
-    `commit` is called once, with the last progress, if and only if the turn ended well; `release`
-    is called once whatever happened, after which the session takes its next turn.
+    `commit` is called once, with the last progress, if and only if the turn ended well. It may
+    wait, and is run to its end: an abort that comes meanwhile comes too late. `release` is called
+    once whatever happened, after the commit has ended; then the session takes its next turn.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class RunningTurn:
         engine: TurnEngine,
         request: TurnRequest,
         *,
-        commit: Callable[[TurnProgress, float], Reply],
+        commit: Callable[[TurnProgress, float], Awaitable[Reply]],
         release: Callable[[], None],
         constraint: str | None = None,
     ) -> None:
@@ -53,6 +54,7 @@ class RunningTurn:
         self._changed = asyncio.Event()
         self._first_token_at: float | None = None
         self.aborting = False
+        """Nobody waits for the turn any more: it is to end soon, by its abort or its commit."""
         self._task = asyncio.create_task(self._run(), name=f"turn {request.rid}")
         self._ended = asyncio.Event()
 
@@ -94,7 +96,10 @@ class RunningTurn:
                 await self._changed.wait()
 
     def cancel(self, error: SessionError | None = None) -> None:
-        """Begin to abort the turn, unless it has ended; `error` is what its caller is told."""
+        """Begin to abort the turn, unless it has ended; `error` is what its caller is told.
+
+        A turn whose commit has begun isn't aborted any more.
+        """
         if self.ended or self.aborting:
             return
         self.aborting = True
@@ -103,7 +108,7 @@ class RunningTurn:
         self._task.cancel()
 
     async def abort(self, error: SessionError | None = None) -> None:
-        """Abort the turn and wait until the engine has let go of it."""
+        """Abort the turn and wait until the engine has let go of it, or its commit has ended."""
         self.cancel(error)
         await self.wait()
 
@@ -126,10 +131,16 @@ class RunningTurn:
             logger.exception("turn %s failed", self._request.rid)
             self._error = EngineError(f"{type(error).__name__}: {error}", 500)
             return
+        # A task of its own: a cancellation of this one, whoever sends it, must not cut it off.
+        ending = asyncio.create_task(self._end(last), name=f"commit {self._request.rid}")
+        while not ending.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait({ending})
+
+    async def _end(self, last: TurnProgress | None) -> None:
+        first_token_at = self._first_token_at or time.perf_counter()
         try:
-            self._reply = self._commit(
-                _checked(last, self._constraint), self._first_token_at or time.perf_counter()
-            )
+            self._reply = await self._commit(_checked(last, self._constraint), first_token_at)
         except SessionError as error:
             self._error = error
         except Exception as error:

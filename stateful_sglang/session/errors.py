@@ -68,6 +68,18 @@ class TurnAbortedError(SessionError):
         super().__init__("the turn was aborted; nothing was committed")
 
 
+class CommitFailedError(SessionError):
+    """The turn ended well but could not be recorded; the session is at its last version."""
+
+    kind = "commit_failed"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"the turn ended well but could not be recorded ({reason}); nothing was committed, "
+            "so it may be sent again"
+        )
+
+
 class TooManySessionsError(SessionError):
     """The server holds as many sessions as it may."""
 

@@ -22,6 +22,7 @@ from stateful_sglang.api.errors import EngineError
 from stateful_sglang.api.native.schemas import AppendBody, OpenBody
 from stateful_sglang.service.service import SessionService
 from stateful_sglang.session import errors
+from stateful_sglang.session.history import Commit
 
 words = st.text("abc xyz", min_size=1, max_size=12)
 limits = st.integers(1, 20)
@@ -49,6 +50,20 @@ class Reference:
         return f"{before}{new}<|im_start|>assistant\n"
 
 
+class Disk:
+    """A commit log that takes its time, and is full when told so."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self.recorded: dict[str, list[Commit]] = {}
+
+    async def append(self, session_id: str, commit: Commit) -> None:
+        await asyncio.sleep(0)
+        if self.full:
+            raise OSError(28, "No space left on device")
+        self.recorded.setdefault(session_id, []).append(commit)
+
+
 class Sessions(RuleBasedStateMachine):
     template: str | None = None
     open_sessions = Bundle("open_sessions")
@@ -58,11 +73,12 @@ class Sessions(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         extra = {} if self.template is None else {"template": self.template}
         self.engine = EngineDouble(context_length=2000, **extra)
+        self.disk = Disk()
         self.service = self.runner.run(self._service())
         self.reference: dict[str, Reference] = {}
 
     async def _service(self) -> SessionService:
-        return SessionService(self.engine)
+        return SessionService(self.engine, log=self.disk)
 
     def teardown(self) -> None:
         self.runner.close()
@@ -134,6 +150,15 @@ class Sessions(RuleBasedStateMachine):
         finally:
             self.engine.end_with = None
 
+    @rule(session=open_sessions, content=words)
+    def fail_to_record(self, session: str, content: str) -> None:
+        self.disk.full = True
+        try:
+            with pytest.raises((errors.CommitFailedError, errors.ContextOverflowError)):
+                self.runner.run(self._append(session, body_of([content], 20)))
+        finally:
+            self.disk.full = False
+
     @rule(session=open_sessions, content=words, off=st.sampled_from([-1, 1]))
     def append_at_another_version(self, session: str, content: str, off: int) -> None:
         version = max(0, self.reference[session].version + off)
@@ -171,6 +196,16 @@ class Sessions(RuleBasedStateMachine):
             tokens = len(self.engine.tokenizer.encode(reference.text))
             assert (view["version"], view["tokens"]) == (reference.version, tokens)
             assert not view["busy"]
+
+    @invariant()
+    def what_was_recorded_is_what_was_published(self) -> None:
+        for session, reference in self.reference.items():
+            recorded = self.disk.recorded.get(session, [])
+            assert [each.version for each in recorded] == list(range(1, reference.version + 1))
+            tokens: list[int] = []
+            for commit in recorded:
+                tokens = tokens[: commit.base_len] + commit.tokens.tolist()
+            assert tokens == self.engine.tokenizer.encode(reference.text)
 
 
 class RawSessions(Sessions):

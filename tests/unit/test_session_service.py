@@ -10,10 +10,13 @@ import pytest
 from engine_double import END, FORGETFUL, EngineDouble
 from jsonschema import Draft202012Validator
 
-from stateful_sglang.api.errors import EngineError
+from stateful_sglang.api.errors import EngineError, status_of
 from stateful_sglang.api.native.schemas import AppendBody, OpenBody
+from stateful_sglang.api.streaming import reply_or_abort
 from stateful_sglang.service.service import Limits, SessionService
+from stateful_sglang.service.turns import RunningTurn
 from stateful_sglang.session import errors
+from stateful_sglang.session.history import Commit
 
 pytestmark = pytest.mark.anyio
 
@@ -145,6 +148,147 @@ async def test_an_end_that_beats_the_abort_is_committed() -> None:
     await engine.paused.wait()
     await turn.abort()
     assert (await turn.result())["version"] == service.get(session)["version"] == 1
+
+
+class SlowLog:
+    """Records when it is let to, or fails."""
+
+    def __init__(self) -> None:
+        self.began, self.go = asyncio.Event(), asyncio.Event()
+        self.error: Exception | None = None
+        self.recorded: list[tuple[str, int]] = []
+
+    async def append(self, session_id: str, commit: Commit) -> None:
+        self.began.set()
+        await self.go.wait()
+        if self.error is not None:
+            raise self.error
+        self.recorded.append((session_id, commit.version))
+
+
+async def recording_turn() -> tuple[EngineDouble, SlowLog, SessionService, str, RunningTurn]:
+    """A turn that has ended and is being recorded."""
+    engine, log = EngineDouble(), SlowLog()
+    service = SessionService(engine, log=log)
+    session = open_one(service)
+    turn = await service.append(session, say("x"))
+    await log.began.wait()
+    return engine, log, service, session, turn
+
+
+async def everyone_waits() -> None:
+    """Lets every task run until it waits for something."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_a_turn_is_seen_only_once_it_is_recorded() -> None:
+    _, log, service, session, turn = await recording_turn()
+    view = service.get(session)
+    assert (view["version"], view["tokens"], view["busy"]) == (0, 0, True)
+    assert not turn.ended
+    with pytest.raises(errors.SessionBusyError):
+        await service.append(session, say("me too"))
+    log.go.set()
+    assert (await turn.result())["version"] == service.get(session)["version"] == 1
+    assert log.recorded == [(session, 1)]
+
+
+async def test_an_abort_during_the_commit_comes_too_late() -> None:
+    _, log, service, session, turn = await recording_turn()
+    turn.cancel()
+    aborted = asyncio.create_task(turn.abort())
+    await everyone_waits()
+    assert not turn.ended
+    log.go.set()
+    await aborted
+    assert (await turn.result())["version"] == service.get(session)["version"] == 1
+
+
+async def test_no_cancellation_cuts_a_commit_off() -> None:
+    _, log, service, session, turn = await recording_turn()
+    for _ in range(3):
+        turn._task.cancel()
+        await everyone_waits()
+    assert not turn.ended
+    log.go.set()
+    assert (await turn.result())["version"] == service.get(session)["version"] == 1
+
+
+async def test_a_connection_that_is_lost_during_the_commit_leaves_it_alone() -> None:
+    _, log, service, session, turn = await recording_turn()
+
+    async def disconnected() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    answering = asyncio.create_task(reply_or_abort(turn, disconnected))
+    await everyone_waits()
+    following = asyncio.create_task(answer(service, session, say("next")))
+    await everyone_waits()
+    assert not turn.ended
+    assert not following.done()  # it waits for the abandoned turn: no conflict
+    log.go.set()
+    assert (await answering)["version"] == 1
+    assert (await following)["version"] == 2
+
+
+async def test_a_handler_that_is_cancelled_during_the_commit_leaves_it_alone() -> None:
+    _, log, service, session, turn = await recording_turn()
+    waiting = asyncio.create_task(turn.result())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    turn.cancel()
+    log.go.set()
+    await turn.wait()
+    assert service.get(session)["version"] == 1
+
+
+async def test_a_commit_that_cannot_be_recorded_leaves_the_last_version() -> None:
+    engine, log, service, session, turn = await recording_turn()
+    log.error = OSError(28, "No space left on device")
+    log.go.set()
+    with pytest.raises(errors.CommitFailedError, match="No space left on device") as failed:
+        await turn.result()
+    assert status_of(failed.value) == 507
+    view = service.get(session)
+    assert (view["version"], view["tokens"], view["busy"]) == (0, 0, False)
+    log.error = None
+    # The rank keeps what was never published until this turn tells it what is committed.
+    first = await answer(service, session, say("x"))
+    assert engine.prompts[1] == engine.prompts[0]
+    assert first["version"] == 1
+    second = await answer(service, session, say("y"))
+    assert engine.requests[-1].base_len == second["usage"]["history_tokens"]
+
+
+async def test_a_later_commit_that_cannot_be_recorded_is_forgotten_by_the_rank() -> None:
+    engine, log = EngineDouble(), SlowLog()
+    log.go.set()
+    service = SessionService(engine, log=log)
+    session = open_one(service)
+    await answer(service, session, say("one"))
+    committed = service.get(session)["tokens"]
+    log.error = OSError("no")
+    with pytest.raises(errors.CommitFailedError):
+        await answer(service, session, say("two"))
+    log.error = None
+    await answer(service, session, say("three"))
+    assert engine.requests[-1].base_len == committed
+    assert "two" not in engine.tokenizer.decode(engine.prompts[-1])
+
+
+async def test_closing_waits_for_a_commit_under_way() -> None:
+    engine, log, service, session, turn = await recording_turn()
+    closing = asyncio.create_task(service.close(session))
+    await everyone_waits()
+    assert not closing.done()
+    assert engine.closed == []
+    log.go.set()
+    assert (await closing)["version"] == 1
+    assert (await turn.result())["version"] == 1
+    assert engine.closed == [session]
 
 
 async def test_one_writer_at_a_time_and_reads_in_between() -> None:
