@@ -170,7 +170,7 @@ async def recording_turn() -> tuple[EngineDouble, SlowLog, SessionService, str, 
     """A turn that has ended and is being recorded."""
     engine, log = EngineDouble(), SlowLog()
     service = SessionService(engine, log=log)
-    session = open_one(service)
+    session = await open_one(service)
     turn = await service.append(session, say("x"))
     await log.began.wait()
     return engine, log, service, session, turn
@@ -267,7 +267,7 @@ async def test_a_later_commit_that_cannot_be_recorded_is_forgotten_by_the_rank()
     engine, log = EngineDouble(), SlowLog()
     log.go.set()
     service = SessionService(engine, log=log)
-    session = open_one(service)
+    session = await open_one(service)
     await answer(service, session, say("one"))
     committed = service.get(session)["tokens"]
     log.error = OSError("no")
