@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench.server import Server, serve
+from bench.harness.server import Server, serve
 
 ARGUMENTS_ENV = "STATEFUL_SGLANG_TEST_SERVER_ARGS"
 """Arguments of the server under test, as on a command line."""

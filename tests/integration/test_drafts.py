@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from bench.server import Server, serve
+from bench.harness.server import Server, serve
 
 pytestmark = pytest.mark.server
 

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from bench import exactness
-from bench.server import Server
+from bench.harness.server import Server
+from bench.suites import exactness
 from stateful_sglang import client as frontend
 from stateful_sglang.session.ids import digest
 

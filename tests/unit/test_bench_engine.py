@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from bench import report
-from bench.cells import HEAVY, Cell, all_cells, decode, plan, prefill, verify
-from bench.limits import ModelCost, Rates, limit_s, model_cost, work
-from bench.load import LlamaCppDialect, OpenAIDialect, SGLangDialect
-from bench.results import FORWARD, OURS, VLLM, Results
-from bench.stats import Arrival, joint, paired_ratio, summarise
+from bench.engines.load import LlamaCppDialect, OpenAIDialect, SGLangDialect
+from bench.harness import report
+from bench.harness.limits import ModelCost, Rates, limit_s, model_cost, work
+from bench.harness.results import FORWARD, OURS, VLLM, Results
+from bench.harness.stats import Arrival, joint, paired_ratio, summarise
+from bench.workloads.cells import HEAVY, Cell, all_cells, decode, plan, prefill, verify
 
 SMOLLM2 = {
     "hidden_size": 576,

@@ -13,11 +13,8 @@ from typing import Any
 
 import pytest
 
-from bench import engine, machine
-from bench.cells import decode, prefill
-from bench.engine import EngineBench
-from bench.limits import Rates
-from bench.load import (
+from bench.engines.arms import Arm, ArmUnavailableError, Setting
+from bench.engines.load import (
     MOST_TOKENS,
     LlamaCppDialect,
     Load,
@@ -27,8 +24,12 @@ from bench.load import (
     SGLangDialect,
     Stream,
 )
-from bench.peers import Arm, ArmUnavailableError, Setting
-from bench.stats import Arrival
+from bench.harness import machine
+from bench.harness.limits import Rates
+from bench.harness.stats import Arrival
+from bench.suites import engine
+from bench.suites.engine import EngineBench
+from bench.workloads.cells import decode, prefill
 
 CONFIG = {
     "hidden_size": 8,

@@ -10,7 +10,7 @@ import pytest
 gguf = pytest.importorskip("gguf")
 torch = pytest.importorskip("torch")
 
-from bench.bf16_gguf import write_bf16  # noqa: E402
+from bench.engines.bf16_gguf import write_bf16  # noqa: E402
 
 QUANTISED = gguf.GGMLQuantizationType.Q4_1
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from jsonschema import validate
 
-from bench import agent
+from bench.workloads import agent
 from stateful_sglang.grammar.calls import tool_call_schema
 
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from bench import demo
-from bench.arms import Turn
-from bench.demo_report import figures
+from bench.engines.dialogues import Turn
+from bench.harness.demo_report import figures
+from bench.suites import demo
 
 FIRST = Turn("A", 1, 0, 1000, 1000, 40, 300.0, 600.0, 4.0, "call")
 SECOND = Turn("A", 2, 1040, 200, 201, 40, 50.0, 200.0, 4.0, "call")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from bench.cells import Cell
+from bench.workloads.cells import Cell
 
 
 class ModelCost(NamedTuple):

@@ -4,7 +4,7 @@ Settings are the launcher's, the KV pool holds random numbers, and each step is 
 ``ModelRunner.forward`` as the scheduler gives it. Prompts longer than the chunk of the launcher's
 settings run in such chunks, one after the other. Sampling is not part of it.
 
-    python -m bench.forward --quick
+    python -m bench.engines.forward --quick
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench.cells import Cell, Plan, plan
+from bench.workloads.cells import Cell, Plan, plan
 
 SECONDS = 1.5
 """Spent on a cell, unless its fewest repeats take longer."""

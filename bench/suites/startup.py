@@ -3,7 +3,7 @@
 Cold compiles the kernels and converts the embedded model into a new cache folder; the operating
 system's file cache is as the round before left it. Rounds alternate.
 
-    python -m bench.startup [--rounds 3] [--json FILE] [any argument of the launcher]
+    python -m bench.suites.startup [--rounds 3] [--json FILE] [any argument of the launcher]
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import re
 import tempfile
 from pathlib import Path
 
-from bench.server import serve
-from bench.stats import summarise
+from bench.harness.server import serve
+from bench.harness.stats import summarise
 
 STAGES = {
     "compile": re.compile(r"CPU kernels compiled in (\d+(?:\.\d+)?) s"),

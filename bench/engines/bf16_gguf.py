@@ -3,7 +3,7 @@
 The Q4_1 file of the embedded model is de-quantised and rounded to bf16, just as our checkpoint was
 made, so that both engines multiply with the same numbers; tokenizer and settings are copied.
 
-    python -m bench.bf16_gguf OUT.gguf
+    python -m bench.engines.bf16_gguf OUT.gguf
 """
 
 from __future__ import annotations

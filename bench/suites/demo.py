@@ -23,12 +23,13 @@ from pathlib import Path
 
 import httpx
 
-from bench import agent, demo_report
-from bench.arms import Arm, Head, StatefulArm, StatelessArm, Turn
-from bench.server import ServerDiedError, serve
+from bench.engines.dialogues import Arm, Head, StatefulArm, StatelessArm, Turn
+from bench.harness import demo_report
+from bench.harness.server import ServerDiedError, serve
+from bench.workloads import agent
 from stateful_sglang.session.messages import Message
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT_S = 240.0
 """A second round is run only where both rounds fit in here."""
 REQUEST_TIMEOUT_S = 300.0

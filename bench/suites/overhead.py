@@ -4,7 +4,7 @@ Two servers of the same build, never at once, in alternating rounds: each round 
 in turn and sends the same new prompts to each (random tokens, so that no cache can have seen
 them). The ratio of an arm's medians is taken a round, and the rounds' median is what is reported.
 
-    python -m bench.overhead --rounds 5 --json overhead.json
+    python -m bench.suites.overhead --rounds 5 --json overhead.json
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from bench.server import serve
+from bench.harness.server import serve
 
 LENGTHS = (64, 500, 2000, 4000)
 ARMS = {"off": ("--stateful", "off"), "on": ("--stateful", "on")}

@@ -4,7 +4,7 @@ One session for each history length is filled in one turn, then takes turns of n
 tool results are real text. Every later turn must compute its delta and at most one page more (the
 last sampled token's KV).
 
-    python -m bench.delta --json delta.json
+    python -m bench.suites.delta --json delta.json
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from bench.server import serve
+from bench.harness.server import serve
 
 HISTORIES = (500, 2000, 7000)
 PAGE = 1
@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    text = Path(__file__).with_name("server.py").read_text()
+    text = (Path(__file__).parents[1] / "harness/server.py").read_text()
     table = Table("history", "turn", "delta", "cached", "computed", "beyond delta", "TTFT, ms")
     worst = 0
     with serve() as server, httpx.Client(base_url=server.url, timeout=600) as client:

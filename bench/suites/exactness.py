@@ -5,7 +5,7 @@ API with drafts on. Then every generated token is checked against a float32 `tra
 that reads the whole transcript at once: the token must be the argmax there. A difference is
 excused only where the two logits lie closer than ``--tie``.
 
-    python -m bench.exactness --sessions 200 --json exactness.json
+    python -m bench.suites.exactness --sessions 200 --json exactness.json
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import httpx
 from rich.progress import track
 
-from bench.server import serve
+from bench.harness.server import serve
 
 MAX_TOKENS = 24
 TIE = 1e-4

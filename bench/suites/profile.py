@@ -3,7 +3,7 @@
 A decode of one token and a verify of eight, alone, then the same decode through the server. The
 parts of the layers are told by the kernels' own clock, waiting for the other threads included.
 
-    python -m bench.profile [--json FILE] [any argument of the launcher, such as --cpu-quant int8]
+    python -m bench.suites.profile [--json FILE] [any argument of the launcher: --cpu-quant int8]
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bench.cells import Cell, decode, verify
-from bench.load import Load, SGLangDialect
-from bench.server import serve
+from bench.engines.load import Load, SGLangDialect
+from bench.harness.server import serve
+from bench.workloads.cells import Cell, decode, verify
 
 CELLS = (decode(1, 128), decode(1, 2048), verify(8, 128), verify(8, 2048))
 LAYERS, HEAD, REST, SERVER = "all layers", "LM head", "SGLang's Python", "server around the step"
@@ -61,7 +61,7 @@ def profile(arguments: list[str]) -> dict[str, list[Part]]:
     """
     import torch
 
-    from bench.forward import Steps
+    from bench.engines.forward import Steps
     from stateful_sglang.cpu import abi, modules
 
     steps = Steps(arguments)

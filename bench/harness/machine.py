@@ -2,7 +2,7 @@
 
 Run as a process of its own, so that the bench's process keeps no compute threads:
 
-    python -m bench.machine
+    python -m bench.harness.machine
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from bench.limits import Rates
+from bench.harness.limits import Rates
 
 STREAM_BYTES = 1 << 30
 """Read at a time: far more than any cache holds."""
@@ -28,7 +28,7 @@ def measure(seconds: float = 5.0) -> Rates:
 
     environment = {**os.environ, "OMP_NUM_THREADS": str(usable_cores())}
     done = subprocess.run(
-        [sys.executable, "-m", "bench.machine", str(seconds)],
+        [sys.executable, "-m", "bench.harness.machine", str(seconds)],
         env=environment,
         capture_output=True,
         text=True,

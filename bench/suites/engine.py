@@ -7,7 +7,7 @@ decode at once. Our model forward is measured alone as well, verify steps only t
 figure stands its share of what this machine can do at most, measured in the same run.
 
     scripts/peers
-    python -m bench.engine --json engine.json --plot engine.png
+    python -m bench.suites.engine --json engine.json --plot engine.png
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import forward, machine, report
-from bench.cells import Cell, Plan, all_cells, decode, plan, prefill
-from bench.load import Load
-from bench.peers import ARMS, CONTEXT, POOL_TOKENS, Arm, ArmUnavailableError, Setting
-from bench.results import FORWARD, OURS, Results
-from bench.server import ServerDiedError
+from bench.engines import forward
+from bench.engines.arms import ARMS, CONTEXT, POOL_TOKENS, Arm, ArmUnavailableError, Setting
+from bench.engines.load import Load
+from bench.harness import machine, report
+from bench.harness.results import FORWARD, OURS, Results
+from bench.harness.server import ServerDiedError
+from bench.workloads.cells import Cell, Plan, all_cells, decode, plan, prefill
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 CELL_BUDGET_S = 150.0
 """Longest that the prompts of one cell may take, unless told otherwise."""
 DECODES, LONG_DECODE_S = 3, 5.0

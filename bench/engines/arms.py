@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.limits import ModelCost, model_cost
-from bench.load import LlamaCppDialect, Load, OpenAIDialect, SGLangDialect
-from bench.server import serve, serve_command
+from bench.engines.load import LlamaCppDialect, Load, OpenAIDialect, SGLangDialect
+from bench.harness.limits import ModelCost, model_cost
+from bench.harness.server import serve, serve_command
 
 POOL_TOKENS = 131_072
 """KV that every arm gets: 16 requests of 8,192 tokens."""
@@ -104,7 +104,7 @@ def _stock(setting: Setting) -> Iterator[Load]:
         "--mem-fraction-static": "0.95",
     }
     threads = {"OMP_NUM_THREADS": str(setting.threads)}
-    command = [sys.executable, "-m", "bench.stock", *_flat(arguments)]
+    command = [sys.executable, "-m", "bench.engines.stock", *_flat(arguments)]
     with serve_command(*command, env=threads) as server:
         yield Load(server.url, SGLangDialect())
 
@@ -161,7 +161,7 @@ def _llama_cpp(find: Callable[[Setting], Path]) -> Callable[[Setting], Started]:
 
 
 def _bf16_gguf(setting: Setting) -> Path:
-    from bench.bf16_gguf import ensure
+    from bench.engines.bf16_gguf import ensure
 
     return ensure(setting.peers / "models")
 

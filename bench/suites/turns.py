@@ -5,8 +5,8 @@ answers. The session arm appends each user turn; the stateless arm posts the ful
 ``/v1/chat/completions``, with SGLang's prefix cache warm, as agents do today. Turns alternate
 between the arms, and are timed once the history has reached each length.
 
-    python -m bench.turns --histories 1000,4000,7000
-    python -m bench.turns --histories 10000,50000 -- --model-path DIR --load-format dummy
+    python -m bench.suites.turns --histories 1000,4000,7000
+    python -m bench.suites.turns --histories 10000,50000 -- --model-path DIR --load-format dummy
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from bench.server import serve
+from bench.harness.server import serve
 
 _ANSWER = "Done. The next step is to read the file and to run its tests again."
 _TEXT = "the parser reads a token and the tree keeps its node while an agent waits for its tool"

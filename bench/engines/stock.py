@@ -2,7 +2,7 @@
 
 Takes SGLang's arguments. Nothing of ours is attached: its own attention, its own layers.
 
-    python -m bench.stock --model-path M --device cpu --attention-backend torch_native
+    python -m bench.engines.stock --model-path M --device cpu --attention-backend torch_native
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
 
 def main() -> int:
     """The launcher, for schedulers of ours."""
-    from bench import biased
+    from bench.engines import biased
 
     # By the module's name: a spawned scheduler imports it, and __main__ has another one there.
     processes.run_scheduler_process = biased.run_scheduler_process

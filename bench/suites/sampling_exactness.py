@@ -4,7 +4,7 @@ Many short continuations of a few prompts are sampled at temperature 1 from two 
 drafts and one that does not, and compared by a two-sample chi-square test for each prompt. With
 ``--biased`` a third server, whose verifier is wrong on purpose, must fail the same test.
 
-    python -m bench.sampling_exactness --biased --json sampling.json
+    python -m bench.suites.sampling_exactness --biased --json sampling.json
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from bench.server import Server, serve, serve_command
+from bench.harness.server import Server, serve, serve_command
 
 PROMPTS = (
     "red blue green red blue green red blue",
@@ -127,7 +127,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args, extra = parser.parse_known_args()
 
-    biased = serve_command(sys.executable, "-m", "bench.biased", *extra)
+    biased = serve_command(sys.executable, "-m", "bench.engines.biased", *extra)
     arms: dict[str, AbstractContextManager[Server]] = {
         "plain": serve("--draft", "off", *extra),
         "drafts": serve(*extra),

@@ -1,6 +1,6 @@
 """The CPU engine's logits against transformers in float64, and its greedy tokens in float32.
 
-``python -m bench.cpu_logits [--prompts 50] [--tokens 24] [--json FILE]``
+``python -m bench.suites.cpu_logits [--prompts 50] [--tokens 24] [--json FILE]``
 
 Each prompt runs through our layers in bfloat16, in float32 and with int8 weights, through
 transformers in bfloat16 and in float64, all from the same checkpoint. Printed: the relative error
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-PROMPTS = Path(__file__).resolve().parents[1]
+PROMPTS = Path(__file__).resolve().parents[2]
 
 
 def prompts(count: int, tokenizer: Any) -> list[torch.Tensor]:

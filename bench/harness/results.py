@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.cells import SPEED_CONTEXT, VERIFY_CONTEXTS, Cell, decode, prefill, verify
-from bench.limits import ModelCost, Rates, limit_s, work
-from bench.stats import Summary, paired_ratio, summarise
+from bench.harness.limits import ModelCost, Rates, limit_s, work
+from bench.harness.stats import Summary, paired_ratio, summarise
+from bench.workloads.cells import SPEED_CONTEXT, VERIFY_CONTEXTS, Cell, decode, prefill, verify
 
 OURS, FORWARD, VLLM = "ours", "forward", "vllm"
 """Names of columns; `FORWARD` is our model forward without a server."""

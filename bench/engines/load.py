@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import httpx
 
-from bench.stats import Arrival, joint
+from bench.harness.stats import Arrival, joint
 
 TIMEOUT_S = 600.0
 ENOUGH = 0.5

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bench.arms import Turn
+from bench.engines.dialogues import Turn
 
 if TYPE_CHECKING:
-    from bench.demo import ArmRun
+    from bench.suites.demo import ArmRun
 
 _COLUMNS = "agent turn history  delta computed  TTFT ms total ms tokens/s accepted/step  answer"
 

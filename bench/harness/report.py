@@ -11,8 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bench.cells import Cell
-from bench.results import FORWARD, OURS, Results
+from bench.harness.results import FORWARD, OURS, Results
+from bench.workloads.cells import Cell
 
 WIDTH = 160
 """Columns of a table that no terminal sets the width of."""
