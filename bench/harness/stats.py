@@ -53,21 +53,24 @@ class Joint(NamedTuple):
     """Of all streams together."""
     tokens: float
     """Decoded meanwhile by the stream that decoded fewest."""
+    begin: float
+    """On the arrivals' clock."""
+    end: float
 
 
 def joint(streams: Sequence[Sequence[Arrival]]) -> Joint:
     """Measure streams in the window in which all of them decode.
 
     The window is from the last stream's first token to the first stream's end; where a stream ended
-    before the last one began there is none, and both numbers are 0. Counts at its ends are
-    interpolated between arrivals: a step's tokens arrive one stream after another.
+    before the last one began it is empty, with no tokens. Counts at its ends are interpolated
+    between arrivals: a step's tokens arrive one stream after another.
     """
     begin = max(stream[0].at for stream in streams)
     end = min(stream[-1].at for stream in streams)
     if end <= begin:
-        return Joint(0.0, 0.0)
+        return Joint(0.0, 0.0, begin, begin)
     decoded = [_count(s, end) - _count(s, begin) for s in streams]
-    return Joint(sum(decoded) / (end - begin), min(decoded))
+    return Joint(sum(decoded) / (end - begin), min(decoded), begin, end)
 
 
 def _count(stream: Sequence[Arrival], at: float) -> float:

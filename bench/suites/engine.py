@@ -29,7 +29,7 @@ from rich.console import Console
 
 from bench.engines import forward
 from bench.engines.arms import ARMS, CONTEXT, POOL_TOKENS, Arm, ArmUnavailableError, Setting
-from bench.engines.load import Load
+from bench.engines.load import Load, NeverTogetherError
 from bench.harness import machine, report
 from bench.harness.results import FORWARD, OURS, Results
 from bench.harness.server import ServerDiedError
@@ -161,16 +161,30 @@ class EngineBench:
                 prompt, took = self._fresh_prompt(arm, load, context, len(prompts))
                 prompts.append(prompt)
                 times.append(took)
-            for _ in range(DECODES):
-                began = time.monotonic()
-                rate = load.decode_rate(prompts[:size], wanted.tokens)
-                self.results.add(arm.name, cell, number, size / rate)
-                if time.monotonic() - began > LONG_DECODE_S:
-                    break
+            try:
+                self._decodes(arm, load, number, cell, prompts[:size], wanted.tokens)
+            except NeverTogetherError as error:
+                self.results.missing[arm.name, cell] = str(error)
         if context in wanted.prefills:
             for took in times:
                 self.results.add(arm.name, prefill(context), number, took)
             self._prefills(arm, load, number, context, wanted.prompts - len(times))
+
+    def _decodes(
+        self,
+        arm: Arm,
+        load: Load,
+        number: int,
+        cell: Cell,
+        prompts: list[list[int]],
+        tokens: int,
+    ) -> None:
+        for _ in range(DECODES):
+            began = time.monotonic()
+            rate = load.decode_rate(prompts, tokens)
+            self.results.add(arm.name, cell, number, cell.batch / rate)
+            if time.monotonic() - began > LONG_DECODE_S:
+                break
 
     def _prompt(self, length: int) -> list[int]:
         return [self._random.randrange(100, self._vocabulary - 100) for _ in range(length)]

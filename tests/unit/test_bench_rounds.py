@@ -181,24 +181,41 @@ def test_a_refused_request_says_so(url: str) -> None:
 
 
 class FastLoad(Load):
-    """A server that decodes a token a millisecond, and starts each request `apart` ms later."""
+    """A server that decodes a token a millisecond.
 
-    def __init__(self, apart: float) -> None:
+    Args:
+        apart: Milliseconds from the start of a request to that of the next.
+        held: Milliseconds for which nothing arrives, and then all of it at once.
+    """
+
+    def __init__(self, apart: float, held: float = 0.0) -> None:
         super().__init__("http://fast", SGLangDialect())
-        self.apart = apart
+        self.apart, self.held = apart, held
         self.asked: list[int] = []
 
     def _run(self, requests: Sequence[tuple[Sequence[int], int]], tokens: int) -> list[Stream]:
         self.asked.append(tokens)
-        begins = [self.apart * number / 1e3 for number in range(len(requests))]
-        return [Stream(at, [Arrival(at + n / 1e3, n + 1) for n in range(tokens)]) for at in begins]
+        begins = [self.apart * number for number in range(len(requests))]
+        return [
+            Stream(
+                at / 1e3,
+                [Arrival(max(self.held + n / 100, at + n) / 1e3, n + 1) for n in range(tokens)],
+            )
+            for at in begins
+        ]
 
 
 def test_streams_over_before_the_last_begins_are_made_longer_until_all_overlap() -> None:
     load = FastLoad(apart=5)
     assert load.decode_rate([[1]] * 16, 40) == pytest.approx(16_000)
-    # The last begins 75 ms after the first; half of 40 tokens of each are wanted beside it.
-    assert load.asked == [40, 80, 160]
+    # The last begins 75 ms after the first, and a window of most of the time is wanted.
+    assert load.asked == [40, 80, 160, 320, 640]
+
+
+def test_tokens_that_arrive_all_at_once_are_not_taken_for_a_rate() -> None:
+    load = FastLoad(apart=0, held=100)
+    assert load.decode_rate([[1]], 40) == pytest.approx(1000, rel=0.25)
+    assert load.asked == [40, 80, 160, 320, 640]
 
 
 def test_the_length_that_was_enough_is_asked_for_at_once_the_next_time() -> None:
@@ -206,7 +223,7 @@ def test_the_length_that_was_enough_is_asked_for_at_once_the_next_time() -> None
     load.decode_rate([[1]] * 16, 40)
     load.decode_rate([[1]] * 16, 40)
     load.decode_rate([[1]], 40)
-    assert load.asked == [40, 80, 160, 160, 40]
+    assert load.asked[-3:] == [640, 640, 40]
 
 
 def test_streams_that_overlap_as_they_are_keep_their_length() -> None:
@@ -220,3 +237,19 @@ def test_a_server_that_takes_one_request_at_a_time_is_told_of() -> None:
     with pytest.raises(NeverTogetherError, match="2 streams of 1024 tokens decoded 0"):
         load.decode_rate([[1]] * 2, 40)
     assert load.asked[-1] == MOST_TOKENS
+
+
+def test_a_cell_whose_streams_never_decode_together_is_left_out_with_the_reason(
+    bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def alone(self: FakeLoad, prompts: Sequence[Sequence[int]], tokens: int) -> float:
+        if len(prompts) > 4:
+            raise NeverTogetherError("one at a time")
+        return 1000.0
+
+    monkeypatch.setattr(FakeLoad, "decode_rate", alone)
+    make, _ = bench
+    results = make().run()
+    assert results.missing["fast", decode(16, 128)] == "one at a time"
+    assert results.speed("fast", decode(4, 2048)) is not None
+    assert "fast" not in results.failed
