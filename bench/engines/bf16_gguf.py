@@ -57,9 +57,9 @@ def write_bf16(source: Path, target: Path) -> None:
 
 def ensure(folder: Path) -> Path:
     """The bf16 GGUF of the embedded model in `folder`, written there if it is missing."""
-    from stateful_sglang.embedded.cache import find_gguf
+    from bench.engines import package
 
-    source = find_gguf()
+    source = package.default_gguf()
     target = folder / f"{source.stem}.bf16.gguf"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,6 +68,6 @@ def ensure(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    from stateful_sglang.embedded.cache import find_gguf
+    from bench.engines import package
 
-    write_bf16(find_gguf(), Path(sys.argv[1]))
+    write_bf16(package.default_gguf(), Path(sys.argv[1]))

@@ -1,68 +1,27 @@
-"""The two ways to hold the demo's conversation: a session on the server, or everything every time.
+"""The two ways to hold a conversation: a session on the server, or everything sent every time.
 
-Both stream, and both are timed by the client: from the request to the first text and to the end.
+Both are timed by the client: from the request to the first text and to the end.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import httpx
 
-from stateful_sglang.grammar.calls import tool_call_schema
-from stateful_sglang.session.messages import Message, plain_form, tool_prompt
+from bench.engines import package
 
-MAX_TOKENS = 96
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One turn as its client saw it."""
-
-    agent: str
-    number: int
-    """From 1."""
-    history_tokens: int
-    delta_tokens: int
-    computed_tokens: int
-    """Prompt tokens that the model had to compute."""
-    generated_tokens: int
-    ttft_ms: float
-    total_ms: float
-    accepted_per_step: float | None
-    """Tokens that a decode step brought; None where the server does not say."""
-    text: str
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Generated tokens a second after the first text; None where all came at once."""
-        seconds = (self.total_ms - self.ttft_ms) / 1e3
-        return (self.generated_tokens - 1) / seconds if seconds > 1e-3 else None
-
-
-@dataclass
-class _Clock:
-    began: float = field(default_factory=time.perf_counter)
-    first: float | None = None
-
-    def text(self) -> None:
-        """Text came."""
-        if self.first is None:
-            self.first = time.perf_counter()
-
-    def ttft_and_total_ms(self) -> tuple[float, float]:
-        end = time.perf_counter()
-        return 1e3 * ((self.first or end) - self.began), 1e3 * (end - self.began)
+Message = Mapping[str, str]
+"""Of a conversation: ``role`` and ``content``."""
 
 
 @dataclass(frozen=True)
-class Head:
-    """What every conversation begins with."""
+class Opening:
+    """What a conversation begins with."""
 
     system: str
     tools: Sequence[Mapping[str, Any]]
@@ -78,139 +37,219 @@ class Head:
         ]
 
 
-class StatefulArm:
-    """Opens a session an agent and appends what is new."""
+@dataclass(frozen=True)
+class Manner:
+    """How answers are asked for; always greedily."""
 
-    def __init__(self, client: httpx.Client, head: Head):
+    max_tokens: int
+    stream: bool = False
+    call: bool = False
+    """An answer is one call of the opening's tools."""
+
+
+class Reply(NamedTuple):
+    """One turn as its client saw it."""
+
+    history_tokens: int
+    delta_tokens: int
+    computed_tokens: int
+    """Prompt tokens that the model had to compute."""
+    generated_tokens: int
+    ttft_ms: float
+    """Without a stream the same as `total_ms`."""
+    total_ms: float
+    accepted_per_step: float | None
+    """Tokens that a decode step brought; None where the server does not say."""
+    sent_bytes: int
+    text: str
+
+    @property
+    def prompt_tokens(self) -> int:
+        """All that the model read for the answer."""
+        return self.history_tokens + self.delta_tokens
+
+
+class Dialogue(Protocol):
+    """A way to hold one conversation."""
+
+    def say(self, messages: Sequence[Message], answer: str) -> Reply:
+        """Say something and have it answered.
+
+        Args:
+            messages: What is new.
+            answer: What the conversation goes on with, whatever the answer is now, where the client
+                keeps the conversation.
+
+        Raises:
+            RuntimeError: The server refused or broke off.
+        """
+
+    def close(self) -> None:
+        """End the conversation."""
+
+
+class SessionDialogue:
+    """Opens a session and appends what is new."""
+
+    def __init__(self, client: httpx.Client, manner: Manner, opening: Opening | None = None):
         self._client = client
-        self._open = {
-            "system": head.system,
-            "tools": list(head.tools),
-            "messages": head.example_messages(),
-        }
-        self._ids: dict[str, str] = {}
+        self._manner = manner
+        self._open: dict[str, Any] = {}
+        if opening is not None:
+            self._open = {
+                "system": opening.system,
+                "tools": list(opening.tools),
+                "messages": opening.example_messages(),
+            }
+        self._id = ""
 
-    def turn(self, agent: str, number: int, messages: Sequence[Message], answer: str) -> Turn:
-        """Append `messages` and generate. `answer`, the recorded one, is not needed here."""
-        if agent not in self._ids:
-            reply = self._client.post("/v1/sessions", json=self._open).raise_for_status()
-            self._ids[agent] = reply.json()["id"]
-        body = {
-            "messages": [{"role": m.role, "content": m.content} for m in messages],
-            "sampling": {"temperature": 0, "max_tokens": MAX_TOKENS},
-            "tool_choice": "required",
-            "stream": True,
+    def say(self, messages: Sequence[Message], answer: str) -> Reply:
+        """See `Dialogue`."""
+        if not self._id:
+            opened = self._client.post("/v1/sessions", json=self._open).raise_for_status()
+            self._id = opened.json()["id"]
+        manner = self._manner
+        body: dict[str, Any] = {
+            "messages": list(messages),
+            "sampling": {"temperature": 0, "max_tokens": manner.max_tokens},
         }
-        clock, done = _Clock(), {}
-        with _stream(self._client, f"/v1/sessions/{self._ids[agent]}/append", body) as events:
-            for event, data in events:
-                if event == "delta":
-                    clock.text()
-                elif event == "done":
-                    done = data
-                else:
-                    raise RuntimeError(f"the server ended turn {number} of {agent}: {data}")
-        ttft_ms, total_ms = clock.ttft_and_total_ms()
+        if manner.call:
+            body["tool_choice"] = "required"
+        path = f"/v1/sessions/{self._id}/append"
+        asked = _ask(self._client, path, body, manner.stream, lambda name, _: name == "delta")
+        name, done = asked.events[-1] if asked.events else ("", None)
+        if name not in ("done", WHOLE):
+            raise RuntimeError(f"the server broke the turn off: {done}")
         usage = done["usage"]
-        return Turn(
-            agent,
-            number,
+        return Reply(
             usage["history_tokens"],
             usage["delta_tokens"],
             usage["computed_tokens"],
             usage["generated_tokens"],
-            ttft_ms,
-            total_ms,
+            asked.ttft_ms,
+            asked.total_ms,
             usage["accepted_per_step"],
+            asked.sent_bytes,
             done["text"],
         )
 
     def close(self) -> None:
-        """Close the sessions."""
-        for session_id in self._ids.values():
-            self._client.delete(f"/v1/sessions/{session_id}").raise_for_status()
+        """See `Dialogue`."""
+        if self._id:
+            self._client.delete(f"/v1/sessions/{self._id}").raise_for_status()
 
 
-class StatelessArm:
-    """Sends the whole conversation to `/v1/chat/completions`, as agents do today.
+class StatelessDialogue:
+    """Sends the whole conversation to `/v1/chat/completions`, as agents do today."""
 
-    Its history holds the recorded answers, so that both arms are asked the same.
-    """
-
-    def __init__(self, client: httpx.Client, head: Head):
+    def __init__(self, client: httpx.Client, manner: Manner, opening: Opening | None = None):
         self._client = client
-        # The default model's template knows no tools: both arms state them in the system prompt.
-        system = f"{head.system}\n\n{tool_prompt(head.tools)}"
-        self._head = [{"role": "system", "content": system}, *head.example_messages()]
-        self._schema = tool_call_schema(head.tools)
-        self._conversations: dict[str, list[dict[str, Any]]] = {}
-        self._tokens: dict[str, int] = {}
+        self._manner = manner
+        self._messages: list[dict[str, Any]] = []
+        self._tools: Sequence[Mapping[str, Any]] = ()
+        if opening is not None:
+            # The default model's template knows no tools: the server states them in the system
+            # prompt, and so must we.
+            system = f"{opening.system}\n\n{package.tool_prompt(opening.tools)}"
+            self._messages = [{"role": "system", "content": system}, *opening.example_messages()]
+            self._tools = opening.tools
+        self._tokens = 0
 
-    def turn(self, agent: str, number: int, messages: Sequence[Message], answer: str) -> Turn:
-        """Send everything so far with `messages` at its end; keep `answer` as what was said."""
-        conversation = self._conversations.setdefault(agent, list(self._head))
-        conversation += plain_form(messages)
-        body = {
+    def say(self, messages: Sequence[Message], answer: str) -> Reply:
+        """See `Dialogue`."""
+        self._messages += package.plain_form(messages)
+        manner = self._manner
+        body: dict[str, Any] = {
             "model": "default",
-            "messages": conversation,
+            "messages": self._messages,
             "temperature": 0,
-            "max_tokens": MAX_TOKENS,
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": "call", "schema": self._schema},
-            },
-            "stream": True,
-            "stream_options": {"include_usage": True},
+            "max_tokens": manner.max_tokens,
         }
-        clock, text, usage = _Clock(), "", {}
-        with _stream(self._client, "/v1/chat/completions", body) as events:
-            for _, data in events:
-                usage = data.get("usage") or usage
-                for choice in data.get("choices", ()):
-                    if piece := choice["delta"].get("content"):
-                        clock.text()
-                        text += piece
-        ttft_ms, total_ms = clock.ttft_and_total_ms()
-        conversation.append({"role": "assistant", "content": answer})
-        history = self._tokens.get(agent, 0)
-        prompt = usage["prompt_tokens"]
+        if manner.call:
+            schema = {"name": "call", "schema": package.tool_call_schema(self._tools)}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if manner.stream:
+            body["stream_options"] = {"include_usage": True}
+        asked = _ask(
+            self._client,
+            "/v1/chat/completions",
+            body,
+            manner.stream,
+            lambda _, data: bool(_text(data)),
+        )
+        usage: dict[str, Any] = {}
+        for _, data in asked.events:
+            usage = data.get("usage") or usage
+        self._messages.append({"role": "assistant", "content": answer})
+        history, prompt = self._tokens, usage["prompt_tokens"]
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-        self._tokens[agent] = prompt + usage["completion_tokens"]
-        return Turn(
-            agent,
-            number,
+        self._tokens = prompt + usage["completion_tokens"]
+        return Reply(
             history,
             prompt - history,
             prompt - cached,
             usage["completion_tokens"],
-            ttft_ms,
-            total_ms,
+            asked.ttft_ms,
+            asked.total_ms,
             None,
-            text,
+            asked.sent_bytes,
+            "".join(_text(data) for _, data in asked.events),
         )
 
     def close(self) -> None:
         """The server remembers nothing that would need closing."""
 
 
-Arm = StatefulArm | StatelessArm
+WHOLE = "whole"
+"""Name of the only event of an answer that is not streamed."""
 
 
-@contextmanager
-def _stream(
-    client: httpx.Client, path: str, body: Mapping[str, Any]
-) -> Iterator[Iterator[tuple[str, Any]]]:
-    """Post, and yield the server-sent events: name (may be empty) and parsed data."""
-    with client.stream("POST", path, json=body) as reply:
+class _Asked(NamedTuple):
+    events: list[tuple[str, Any]]
+    """Name (may be empty) and parsed data."""
+    ttft_ms: float
+    total_ms: float
+    sent_bytes: int
+
+
+def _ask(
+    client: httpx.Client,
+    path: str,
+    body: Mapping[str, Any],
+    stream: bool,
+    is_text: Callable[[str, Any], bool],
+) -> _Asked:
+    began = time.perf_counter()
+    first = None
+    events: list[tuple[str, Any]] = []
+    whole = {**body, "stream": True} if stream else body
+    with client.stream("POST", path, json=whole) as reply:
         if reply.status_code != httpx.codes.OK:
             raise RuntimeError(f"{path}: {reply.status_code} {reply.read().decode()}")
-        yield _events(reply.iter_lines())
+        sent = int(reply.request.headers["content-length"])
+        if not stream:
+            events.append((WHOLE, json.loads(reply.read())))
+        else:
+            for event in _events(reply.iter_lines()):
+                if first is None and is_text(*event):
+                    first = time.perf_counter()
+                events.append(event)
+    end = time.perf_counter()
+    return _Asked(events, 1e3 * ((first or end) - began), 1e3 * (end - began), sent)
 
 
-def _events(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+def _events(lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
     name = ""
     for line in lines:
         if line.startswith("event: "):
             name = line.removeprefix("event: ")
         elif line.startswith("data: ") and line != "data: [DONE]":
             yield name, json.loads(line.removeprefix("data: "))
+
+
+def _text(data: Mapping[str, Any]) -> str:
+    """What a chat completion, or a chunk of one, says."""
+    said = (
+        choice.get("delta") or choice.get("message") or {} for choice in data.get("choices", ())
+    )
+    return "".join(part.get("content") or "" for part in said)

@@ -3,13 +3,10 @@
 Settings are the launcher's, the KV pool holds random numbers, and each step is given to
 ``ModelRunner.forward`` as the scheduler gives it. Prompts longer than the chunk of the launcher's
 settings run in such chunks, one after the other. Sampling is not part of it.
-
-    python -m bench.engines.forward --quick
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import tempfile
@@ -18,7 +15,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench.workloads.cells import Cell, Plan, plan
+from bench.workloads.cells import Cell, Plan
 
 SECONDS = 1.5
 """Spent on a cell, unless its fewest repeats take longer."""
@@ -185,7 +182,7 @@ class Steps:
         )
         from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-        from stateful_sglang.runtime.speculation.verify_input import LookupVerifyInput
+        from stateful_sglang.runtime.draft_input import LookupVerifyInput
 
         torch, count = self._torch, cell.batch
         rows = torch.arange(1, count + 1)
@@ -223,23 +220,3 @@ class Steps:
             batch.extend_prefix_lens_cpu = [context] * count
             batch.extend_logprob_start_lens_cpu = [width] * count
         return batch
-
-
-def main() -> None:
-    """Measure once and print the medians."""
-    from statistics import median
-
-    from stateful_sglang.server.machine import usable_cores
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true")
-    args, arguments = parser.parse_known_args()
-    arguments = ["--stateful", "off", *arguments]
-    for name, times in measure(arguments, plan(args.quick, True), usable_cores()).items():
-        print(f"{name:20} {1e3 * median(times):10.2f} ms  ({len(times)} passes)")
-
-
-if __name__ == "__main__":
-    main()

@@ -6,13 +6,13 @@ import asyncio
 import json
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 import httpx
 
+from bench.engines.dialects import Dialect
+from bench.harness import http
 from bench.harness.stats import Arrival, Joint, joint
 
-TIMEOUT_S = 600.0
 ENOUGH = 0.5
 """Share of the wanted tokens that every stream must decode while all streams do."""
 TOGETHER_S, TOGETHER_SHARE = 1.0, 0.8
@@ -29,91 +29,6 @@ class NeverTogetherError(RuntimeError):
 
 class RequestError(RuntimeError):
     """An engine refused a request or broke it off."""
-
-
-class Dialect(Protocol):
-    """How an engine is asked for a greedy continuation that ignores end tokens."""
-
-    path: str
-
-    def body(self, prompt: Sequence[int], max_tokens: int, slot: int) -> dict[str, Any]:
-        """The JSON of a streaming request; `slot` numbers requests that run at once."""
-
-    def tokens(self, event: dict[str, Any], before: int) -> int:
-        """Tokens generated so far by a streamed event, when it was `before` without it."""
-
-
-class SGLangDialect:
-    """SGLang's native route."""
-
-    path = "/generate"
-
-    def body(self, prompt: Sequence[int], max_tokens: int, slot: int) -> dict[str, Any]:
-        """See `Dialect`."""
-        return {
-            "input_ids": list(prompt),
-            "sampling_params": {
-                "temperature": 0,
-                "max_new_tokens": max_tokens,
-                "ignore_eos": True,
-            },
-            "stream": True,
-        }
-
-    def tokens(self, event: dict[str, Any], before: int) -> int:
-        """See `Dialect`."""
-        return int(event["meta_info"]["completion_tokens"])
-
-
-class OpenAIDialect:
-    """The completions route of vLLM, which takes token ids and counts tokens in every event."""
-
-    path = "/v1/completions"
-
-    def __init__(self, model: str) -> None:
-        self.model = model
-
-    def body(self, prompt: Sequence[int], max_tokens: int, slot: int) -> dict[str, Any]:
-        """See `Dialect`."""
-        return {
-            "model": self.model,
-            "prompt": list(prompt),
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-        }
-
-    def tokens(self, event: dict[str, Any], before: int) -> int:
-        """See `Dialect`."""
-        usage = event.get("usage")
-        return int(usage["completion_tokens"]) if usage else before
-
-
-class LlamaCppDialect:
-    """llama.cpp's native route. A slot keeps its last prompt's KV, so slots are named."""
-
-    path = "/completion"
-
-    def body(self, prompt: Sequence[int], max_tokens: int, slot: int) -> dict[str, Any]:
-        """See `Dialect`."""
-        return {
-            "prompt": list(prompt),
-            "n_predict": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "cache_prompt": True,
-            "id_slot": slot,
-            "return_tokens": True,
-            "stream": True,
-        }
-
-    def tokens(self, event: dict[str, Any], before: int) -> int:
-        """See `Dialect`."""
-        if event.get("stop"):
-            return int(event.get("tokens_predicted", before))
-        return before + len(event.get("tokens", ()))
 
 
 class Stream:
@@ -170,7 +85,7 @@ class Load:
 
     def _run(self, requests: Sequence[tuple[Sequence[int], int]], tokens: int) -> list[Stream]:
         async def gather() -> list[Stream]:
-            async with httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT_S) as client:
+            async with http.async_client(self._url) as client:
                 # Written before the first is sent, so that little lies between the starts.
                 bodies = [
                     json.dumps(self._dialect.body(prompt, tokens, slot)).encode()

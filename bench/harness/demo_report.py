@@ -1,27 +1,59 @@
-"""What the demo shows: a line a turn, both arms side by side, and the figures."""
+"""What the demo shows: a line a turn, both ways side by side, and the figures."""
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from bench.engines.dialogues import Turn
-
-if TYPE_CHECKING:
-    from bench.suites.demo import ArmRun
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 _COLUMNS = "agent turn history  delta computed  TTFT ms total ms tokens/s accepted/step  answer"
 
 
+@dataclass(frozen=True)
+class DemoTurn:
+    """One turn of an agent as its client saw it."""
+
+    agent: str
+    number: int
+    """From 1."""
+    history_tokens: int
+    delta_tokens: int
+    computed_tokens: int
+    """Prompt tokens that the model had to compute."""
+    generated_tokens: int
+    ttft_ms: float
+    total_ms: float
+    accepted_per_step: float | None
+    """Tokens that a decode step brought; None where the server does not say."""
+    sent_bytes: int
+    text: str
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Generated tokens a second after the first text; None where all came at once."""
+        seconds = (self.total_ms - self.ttft_ms) / 1e3
+        return (self.generated_tokens - 1) / seconds if seconds > 1e-3 else None
+
+
+@dataclass
+class DemoRun:
+    """One run of one way on a server of its own."""
+
+    stateful: bool
+    start_s: float
+    turns: list[DemoTurn] = field(default_factory=list)
+
+
 def heading(stateful: bool) -> None:
-    """Announce an arm."""
+    """Announce a way."""
     name = "sessions on the server" if stateful else "stateless: everything, every time"
     print(f"\n== {name}{'' if stateful else ' (--stateful off)'}\n{_COLUMNS}", flush=True)
 
 
-def line(turn: Turn) -> None:
+def line(turn: DemoTurn) -> None:
     """One turn, as soon as it is over."""
     rate = f"{turn.tokens_per_s:.1f}" if turn.tokens_per_s else "-"
     accepted = f"{turn.accepted_per_step:.2f}" if turn.accepted_per_step else "-"
@@ -36,13 +68,13 @@ def line(turn: Turn) -> None:
 
 
 def figures(
-    stateful: Sequence[Sequence[Turn]], stateless: Sequence[Sequence[Turn]]
+    stateful: Sequence[Sequence[DemoTurn]], stateless: Sequence[Sequence[DemoTurn]]
 ) -> dict[str, float]:
     """The demo's numbers by name.
 
     Args:
-        stateful: Turns of every run of the arm; runs have the same turns in the same order.
-        stateless: The same of the other arm.
+        stateful: Turns of every run with sessions; runs have the same turns in the same order.
+        stateless: The same of the runs without.
     """
     ours, theirs = _medians(stateful), _medians(stateless)
     ratios = {key: theirs[key] / ours[key] for key in ours}
@@ -66,8 +98,8 @@ def figures(
     return result
 
 
-def summary(runs: Sequence[ArmRun], numbers: dict[str, float]) -> None:
-    """Both arms side by side, turn by turn, and what it comes to."""
+def summary(runs: Sequence[DemoRun], numbers: dict[str, float]) -> None:
+    """Both ways side by side, turn by turn, and what it comes to."""
     ours = _medians([run.turns for run in runs if run.stateful])
     theirs = _medians([run.turns for run in runs if not run.stateful])
     turns = {(t.agent, t.number): t for t in runs[0].turns}
@@ -102,7 +134,7 @@ def summary(runs: Sequence[ArmRun], numbers: dict[str, float]) -> None:
             f"{numbers['computed_over_delta_max']} tokens."
         )
     print(
-        f"Answers differing between the arms: {numbers['answers_differing']} of "
+        f"Answers differing between the two: {numbers['answers_differing']} of "
         f"{numbers['turns'] * numbers['rounds']}; prompts of another length: "
         f"{numbers['prompts_differing']} of {numbers['turns']}; calls that a tool refused: "
         f"{numbers['failed_calls']}. Set-up {numbers['install_s']:.0f} s, demo "
@@ -111,8 +143,22 @@ def summary(runs: Sequence[ArmRun], numbers: dict[str, float]) -> None:
     )
 
 
-def _medians(runs: Sequence[Sequence[Turn]]) -> dict[tuple[str, int], float]:
-    """Median milliseconds of each turn over an arm's runs."""
+def write(file: Path, runs: Sequence[DemoRun], numbers: dict[str, float]) -> None:
+    """Write the figures, with every turn beside them."""
+    arms = [
+        {
+            "arm": "stateful" if run.stateful else "stateless",
+            "start_s": round(run.start_s, 1),
+            "turns": [asdict(turn) for turn in run.turns],
+        }
+        for run in runs
+    ]
+    file.write_text(json.dumps({"figures": numbers, "arms": arms}, indent=1) + "\n")
+    print(f"written to {file}")
+
+
+def _medians(runs: Sequence[Sequence[DemoTurn]]) -> dict[tuple[str, int], float]:
+    """Median milliseconds of each turn over a way's runs."""
     times: dict[tuple[str, int], list[float]] = {}
     for turns in runs:
         for turn in turns:
@@ -120,8 +166,10 @@ def _medians(runs: Sequence[Sequence[Turn]]) -> dict[tuple[str, int], float]:
     return {key: statistics.median(values) for key, values in times.items()}
 
 
-def _differing(stateful: Sequence[Sequence[Turn]], stateless: Sequence[Sequence[Turn]]) -> int:
-    """Turns whose answer is another one in the other arm's run of the same round."""
+def _differing(
+    stateful: Sequence[Sequence[DemoTurn]], stateless: Sequence[Sequence[DemoTurn]]
+) -> int:
+    """Turns whose answer is another one in the other way's run of the same round."""
     return sum(
         a.text != b.text
         for ours, theirs in zip(stateful, stateless, strict=True)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from bench.harness.limits import Rates
 
@@ -22,11 +24,9 @@ MATRICES = ((2048, 2048, 2048), (4096, 1024, 4096), (2048, 576, 3072), (2048, 15
 """Rows, inner size and columns; large squares, and layers of the embedded model."""
 
 
-def measure(seconds: float = 5.0) -> Rates:
-    """Rates of this machine, in a process with one thread for each usable core."""
-    from stateful_sglang.server.machine import usable_cores
-
-    environment = {**os.environ, "OMP_NUM_THREADS": str(usable_cores())}
+def measure(threads: int, seconds: float = 5.0) -> Rates:
+    """Rates of this machine, in a process with that many threads."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
         [sys.executable, "-m", "bench.harness.machine", str(seconds)],
         env=environment,
@@ -69,6 +69,16 @@ def _measure_here(seconds: float) -> Rates:
             rates.append(2.0 * rows * inner * columns / took)
         products.append(max(rates))
     return Rates(read, *products)
+
+
+def processor() -> str:
+    """What the processor calls itself."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
-from stateful_sglang import loopback
+from bench.harness import http
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 20.0
@@ -46,7 +46,7 @@ def free_port() -> int:
 
 
 def serve(
-    *arguments: str, env: dict[str, str] | None = None
+    *arguments: str, env: Mapping[str, str] | None = None
 ) -> contextlib.AbstractContextManager[Server]:
     """Run ``python -m stateful_sglang.launch`` with ``arguments`` while the context lasts.
 
@@ -58,19 +58,22 @@ def serve(
 
 @contextlib.contextmanager
 def serve_command(
-    *command: str, env: dict[str, str] | None = None, timeout_s: float = START_TIMEOUT_S
+    *command: str,
+    env: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    timeout_s: float = START_TIMEOUT_S,
 ) -> Iterator[Server]:
     """Run a server while the context lasts: one that takes ``--port`` and answers ``/health``.
 
     Args:
         command: Without its port, which is chosen here.
         env: Added to this process's environment.
+        folder: Where it runs; by default here.
         timeout_s: Longest wait for the first healthy answer.
 
     Raises:
         ServerDiedError: It did not become healthy.
     """
-    loopback.spare(os.environ)  # for the clients in this process, and whatever it starts
     port = free_port()
     log = Path(tempfile.mkstemp(prefix="stateful-sglang-", suffix=".log")[1])
     began = time.monotonic()
@@ -80,7 +83,8 @@ def serve_command(
             stdout=sink,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, **http.direct_loopback(), **(env or {})},
+            cwd=folder,
             start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}"
@@ -94,13 +98,14 @@ def serve_command(
 def _wait(
     process: subprocess.Popen[bytes], url: str, log: Path, began: float, timeout_s: float
 ) -> None:
-    while time.monotonic() - began < timeout_s:
-        if process.poll() is not None:
-            raise ServerDiedError(f"exit status {process.returncode}\n{_tail(log)}")
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health", timeout=5).status_code == httpx.codes.OK:
-                return
-        time.sleep(0.2)
+    with http.client(url, timeout_s=5) as client:
+        while time.monotonic() - began < timeout_s:
+            if process.poll() is not None:
+                raise ServerDiedError(f"exit status {process.returncode}\n{_tail(log)}")
+            with contextlib.suppress(httpx.TransportError):
+                if client.get("/health").status_code == httpx.codes.OK:
+                    return
+            time.sleep(0.2)
     raise ServerDiedError(f"not healthy after {timeout_s:.0f} s\n{_tail(log)}")
 
 

@@ -1,7 +1,5 @@
 """The CPU engine's logits against transformers in float64, and its greedy tokens in float32.
 
-``python -m bench.suites.cpu_logits [--prompts 50] [--tokens 24] [--json FILE]``
-
 Each prompt runs through our layers in bfloat16, in float32 and with int8 weights, through
 transformers in bfloat16 and in float64, all from the same checkpoint. Printed: the relative error
 of all logits of a prompt, median and largest over the prompts, for ours and for plain torch; how
@@ -9,26 +7,32 @@ often int8 has another best token than float64, and by how much less likely a to
 text; and the number of greedy tokens in which our float32 engine differs from transformers run from
 scratch in float32. Exit status 1 if ours is less exact than torch's bfloat16, or if a greedy token
 differs without a tie below 1e-4.
+
+    python -m bench cpu_logits --prompts 50 --tokens 24
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
-PROMPTS = Path(__file__).resolve().parents[2]
+from bench import corpus
+from bench.engines import package
+from bench.engines.layers import Layers
+from bench.harness.figures import report
+from bench.harness.options import Json
+from bench.harness.rounds import progress
+
+TIE = 1e-4
+"""Logits closer than this are a tie."""
 
 
-def prompts(count: int, tokenizer: Any) -> list[torch.Tensor]:
-    """Token ids [n] of `count` pieces of this repository's own text, 8 to 64 tokens each."""
-    text = "".join(p.read_text() for p in sorted(PROMPTS.glob("stateful_sglang/**/*.py")))
-    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+def pieces(count: int, tokenizer: Any) -> list[torch.Tensor]:
+    """Token ids [n] of `count` pieces of the corpus's code, 8 to 64 tokens each."""
+    ids = tokenizer(corpus.code(), return_tensors="pt").input_ids[0]
     gen = torch.Generator().manual_seed(0)
     cut = []
     for _ in range(count):
@@ -36,75 +40,6 @@ def prompts(count: int, tokenizer: Any) -> list[torch.Tensor]:
         at = int(torch.randint(0, len(ids) - n, (1,), generator=gen))
         cut.append(ids[at : at + n])
     return cut
-
-
-class Engine:
-    """Our layers and LM head under a transformers Llama's weights, one sequence."""
-
-    def __init__(
-        self, model: Any, dtype: torch.dtype, int8: bool = False, slots: int = 1024
-    ) -> None:
-        from stateful_sglang.cpu import ops
-        from stateful_sglang.cpu.decoder import DecoderLayer, DecoderShape, DecoderStack
-
-        config = model.config
-        dim = config.hidden_size // config.num_attention_heads
-        angles = torch.outer(torch.arange(slots).float(), model.model.rotary_emb.inv_freq.float())
-        rope = torch.cat([angles.cos(), angles.sin()], 1)
-        shape = DecoderShape(
-            hidden=config.hidden_size,
-            inter=config.intermediate_size,
-            q_heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=dim,
-            rotary_dim=dim,
-            neox=True,
-            act="silu",
-            eps=config.rms_norm_eps,
-        )
-
-        def packed(*parts: Any, gated: bool = False) -> ops.Packed:
-            return ops.pack(torch.cat([p.weight.data.to(dtype) for p in parts]), gated, int8)
-
-        layers = [
-            DecoderLayer(
-                input_norm=layer.input_layernorm.weight.data.float(),
-                post_norm=layer.post_attention_layernorm.weight.data.float(),
-                qkv=packed(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
-                o=packed(layer.self_attn.o_proj),
-                gate_up=packed(layer.mlp.gate_proj, layer.mlp.up_proj, gated=True),
-                down=packed(layer.mlp.down_proj),
-                rope_cache=rope,
-                scale=dim**-0.5,
-            )
-            for layer in model.model.layers
-        ]
-        self.stack = DecoderStack(shape, layers, model.model.norm.weight.data.float(), dtype)
-        self.stack.bind_pools(
-            [
-                tuple(torch.zeros(slots, shape.kv_heads, dim, dtype=dtype) for _ in range(2))
-                for _ in layers
-            ]
-        )
-        self.embedding = model.model.embed_tokens.weight.data.to(dtype)
-        self.head = packed(model.lm_head)
-        self.table = torch.randperm(slots, generator=torch.Generator().manual_seed(0))
-        self.table = self.table.to(torch.int32)[None]
-
-    def logits(self, ids: torch.Tensor, past: int = 0) -> torch.Tensor:
-        """Float32 logits [n, vocab] of the tokens ids [n] that follow `past` earlier ones."""
-        from stateful_sglang.cpu import ops
-        from stateful_sglang.cpu.plan import plan_step
-
-        total = past + len(ids)
-        plan = plan_step(self.table, torch.tensor([0]), [len(ids)], [total])
-        hidden = self.stack.run(
-            self.embedding[ids],
-            torch.arange(past, total),
-            self.table[0, past:total].long(),
-            plan,
-        )
-        return ops.linear(hidden, self.head, out_dtype=torch.float32)
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -118,7 +53,7 @@ def text_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def greedy_differences(engine: Engine, model: Any, ids: torch.Tensor, tokens: int) -> list[float]:
+def greedy_differences(layers: Layers, model: Any, ids: torch.Tensor, tokens: int) -> list[float]:
     """Gap between the best logit and ours at the first greedy token that differs, [] if none does.
 
     Ours continues token by token. Transformers sees the whole transcript once, from scratch: as
@@ -126,7 +61,7 @@ def greedy_differences(engine: Engine, model: Any, ids: torch.Tensor, tokens: in
     """
     past, new, sequence = 0, ids, ids
     for _ in range(tokens):
-        past, new = len(sequence), engine.logits(new, past)[-1].argmax()[None]
+        past, new = len(sequence), layers.logits(new, past)[-1].argmax()[None]
         sequence = torch.cat([sequence, new])
     logits = model(sequence[None]).logits[0]
     for at in range(len(ids) - 1, len(sequence) - 1):
@@ -137,37 +72,29 @@ def greedy_differences(engine: Engine, model: Any, ids: torch.Tensor, tokens: in
 
 
 @torch.no_grad()
-def main() -> int:
+def main(
+    prompts: Annotated[int, typer.Option(min=1, help="Pieces of text.")] = 50,
+    tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens a prompt.")] = 24,
+    json: Json = None,
+) -> int:
     """Run the comparison; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=50)
-    parser.add_argument("--tokens", type=int, default=24, help="greedy tokens a prompt")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-
-    from stateful_sglang.cpu.platform import prepare
-
-    prepare()
+    package.prepare()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from stateful_sglang.embedded.cache import ensure_default_model
-
-    path = str(ensure_default_model(None))
+    path = str(package.default_model())
     tokenizer = AutoTokenizer.from_pretrained(path)
     exact = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     single = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     half = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    ours = {dtype: Engine(single, dtype) for dtype in (torch.bfloat16, torch.float32)}
-    int8 = Engine(single, torch.bfloat16, int8=True)
+    ours = {dtype: Layers(single, dtype) for dtype in (torch.bfloat16, torch.float32)}
+    int8 = Layers(single, torch.bfloat16, int8=True)
     errors: dict[str, list[float]] = {
         name: [] for name in ("ours bf16", "torch bf16", "ours f32", "ours int8")
     }
     other_best, losses = 0, []
     gaps: list[float] = []
-    cut = prompts(args.prompts, tokenizer)
-    for done, ids in enumerate(cut):
-        if sys.stderr.isatty():
-            print(f"\r{done}/{len(cut)} prompts", end="", file=sys.stderr, flush=True)
+    cut = pieces(prompts, tokenizer)
+    for ids in progress(cut, "prompts"):
         want = exact(ids[None]).logits[0]
         errors["ours bf16"].append(relative(ours[torch.bfloat16].logits(ids), want))
         errors["torch bf16"].append(relative(half(ids[None]).logits[0], want))
@@ -176,8 +103,8 @@ def main() -> int:
         errors["ours int8"].append(relative(rounded, want))
         other_best += int((rounded.argmax(-1) != want.argmax(-1)).sum())
         losses.append([text_loss(logits, ids) for logits in (rounded, want)])
-        gaps += greedy_differences(ours[torch.float32], single, ids, args.tokens)
-    print(f"{args.prompts} prompts, {sum(map(len, cut))} tokens; relative error of logits")
+        gaps += greedy_differences(ours[torch.float32], single, ids, tokens)
+    print(f"{prompts} prompts, {sum(map(len, cut))} tokens; relative error of logits")
     figures: dict[str, float] = {}
     for name, values in errors.items():
         print(f"  {name:10s} median {statistics.median(values):.2e}  largest {max(values):.2e}")
@@ -191,14 +118,9 @@ def main() -> int:
     )
     figures["int8_other_best_share"] = other_best / total
     figures["int8_nats_a_token"] = worse_by
-    figures["greedy_tokens"] = args.prompts * args.tokens
+    figures["greedy_tokens"] = prompts * tokens
     figures["greedy_prompts_differing"] = len(gaps)
-    print(f"greedy float32: {len(gaps)} of {args.prompts} prompts differ {gaps}")
-    if args.json:
-        args.json.write_text(json.dumps({"figures": figures}, indent=1))
+    print(f"greedy float32: {len(gaps)} of {prompts} prompts differ {gaps}")
+    report(figures, json)
     worse = figures["ours_bf16_median"] > figures["torch_bf16_median"]
-    return int(worse or any(gap >= 1e-4 for gap in gaps))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return int(worse or any(gap >= TIE for gap in gaps))

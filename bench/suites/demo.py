@@ -1,107 +1,110 @@
 """A coding agent's tool calls, held by the server as sessions and, for comparison, sent every time.
 
-Two agents take turns on one system prompt and the same four tools, which run on this repository.
-The same conversation then goes statelessly to the same build with `--stateful off`: the recorded
-messages and answers, greedy in both. Arms run one server at a time, and alternate once more where
-the time allows.
+Two agents take turns on one system prompt and the same four tools, which run on the small
+repository of the benches' corpus. The same conversation then goes statelessly to the same build
+with `--stateful off`: the recorded messages and answers, greedy in both. The two ways run one
+server at a time, and alternate once more where the time allows.
 
     scripts/demo [--turns N] [--json FILE] [--keep-serving]
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import httpx
+import typer
 
-from bench.engines.dialogues import Arm, Head, StatefulArm, StatelessArm, Turn
-from bench.harness import demo_report
+from bench.corpus import REPOSITORY
+from bench.engines.dialogues import (
+    Dialogue,
+    Manner,
+    Message,
+    Opening,
+    SessionDialogue,
+    StatelessDialogue,
+)
+from bench.harness import demo_report, http
+from bench.harness.demo_report import DemoRun, DemoTurn
+from bench.harness.options import Json
 from bench.harness.server import ServerDiedError, serve
-from bench.workloads import agent
-from stateful_sglang.session.messages import Message
+from bench.workloads import agent, tools
 
-ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT_S = 240.0
 """A second round is run only where both rounds fit in here."""
 REQUEST_TIMEOUT_S = 300.0
+MANNER = Manner(max_tokens=96, stream=True, call=True)
 
 
 @dataclass
 class Recording:
-    """What was said in the first run of the stateful arm; the other runs say the same."""
+    """What was said in the first run of the sessions; the other runs say the same."""
 
     messages: dict[tuple[str, int], list[Message]] = field(default_factory=dict)
     answers: dict[tuple[str, int], str] = field(default_factory=dict)
     failed_calls: int = 0
 
 
-@dataclass
-class ArmRun:
-    """One run of one arm on a server of its own."""
-
-    stateful: bool
-    start_s: float
-    turns: list[Turn] = field(default_factory=list)
-
-
-def run_arm(stateful: bool, turns: int, recording: Recording) -> ArmRun:
+def run_way(stateful: bool, turns: int, recording: Recording) -> DemoRun:
     """Start a server, hold both agents' conversations on it, and stop it."""
     flags = [] if stateful else ["--stateful", "off", "--enable-cache-report"]
     demo_report.heading(stateful)
     with (
         serve(*flags) as server,
-        httpx.Client(base_url=server.url, timeout=REQUEST_TIMEOUT_S) as client,
+        http.client(server.url, REQUEST_TIMEOUT_S) as client,
     ):
-        run = ArmRun(stateful, server.start_s)
+        run = DemoRun(stateful, server.start_s)
         warm_up = {"text": "Hello", "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
         client.post("/generate", json=warm_up).raise_for_status()
-        head = Head(agent.system_prompt(ROOT), agent.TOOLS, agent.examples())
-        arm: Arm = StatefulArm(client, head) if stateful else StatelessArm(client, head)
+        opening = Opening(agent.system_prompt(REPOSITORY), agent.TOOLS, agent.examples())
+        way = SessionDialogue if stateful else StatelessDialogue
+        dialogues = {name: way(client, MANNER, opening) for name in agent.TASKS}
         for number in range(1, turns + 1):
-            for name in agent.TASKS:
-                turn = take_turn(arm, name, number, turns, recording)
+            for name, dialogue in dialogues.items():
+                turn = take_turn(dialogue, name, number, turns, recording)
                 run.turns.append(turn)
                 demo_report.line(turn)
-        arm.close()
+        for dialogue in dialogues.values():
+            dialogue.close()
     return run
 
 
-def take_turn(arm: Arm, name: str, number: int, turns: int, recording: Recording) -> Turn:
+def take_turn(
+    dialogue: Dialogue, name: str, number: int, turns: int, recording: Recording
+) -> DemoTurn:
     """Say what is recorded for this turn; record it first where nothing is."""
     key = (name, number)
     if key not in recording.messages:
-        messages = []
+        messages: list[Message] = []
         if number > 1:
-            outcome = agent.run_tool(ROOT, recording.answers[name, number - 1])
+            outcome = tools.run_tool(REPOSITORY, recording.answers[name, number - 1])
             recording.failed_calls += outcome.failed
-            messages.append(Message("tool", outcome.text))
-        messages.append(Message("user", agent.tasks(name, turns)[number - 1]))
+            messages.append({"role": "tool", "content": outcome.text})
+        task = agent.tasks(name, turns)[number - 1]
+        messages.append({"role": "user", "content": task})
         recording.messages[key] = messages
-    turn = arm.turn(name, number, recording.messages[key], recording.answers.get(key, ""))
-    recording.answers.setdefault(key, turn.text)
-    return turn
+    reply = dialogue.say(recording.messages[key], recording.answers.get(key, ""))
+    recording.answers.setdefault(key, reply.text)
+    return DemoTurn(name, number, **reply._asdict())
 
 
-def run_demo(turns: int) -> tuple[list[ArmRun], Recording]:
-    """Both arms, and both once more if that fits into `TIME_LIMIT_S`."""
+def run_demo(turns: int) -> tuple[list[DemoRun], Recording]:
+    """Both ways, and both once more if that fits into `TIME_LIMIT_S`."""
     began = time.monotonic()
     recording = Recording()
-    runs = [run_arm(stateful, turns, recording) for stateful in (True, False)]
+    runs = [run_way(stateful, turns, recording) for stateful in (True, False)]
     if 2 * (time.monotonic() - began) < TIME_LIMIT_S:
-        runs += [run_arm(stateful, turns, recording) for stateful in (True, False)]
+        runs += [run_way(stateful, turns, recording) for stateful in (True, False)]
     return runs, recording
 
 
-def keep_serving() -> None:
+def serve_on() -> None:
     """Serve until interrupted."""
     with contextlib.suppress(KeyboardInterrupt), serve() as server:
         print(f"\nserving at {server.url}, log in {server.log}; Ctrl-C ends it")
@@ -109,29 +112,18 @@ def keep_serving() -> None:
         signal.pause()
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options of `scripts/demo`."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--turns", type=int, default=6, help="turns of each agent (default: 6)")
-    parser.add_argument("--json", type=Path, help="write turns and figures to this file")
-    parser.add_argument("--keep-serving", action="store_true", help="leave a server running")
-    args = parser.parse_args(argv)
-    if not 1 <= args.turns <= agent.MAX_TURNS:
-        parser.error(f"--turns is {args.turns}; expected 1 to {agent.MAX_TURNS}")
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    turns: Annotated[int, typer.Option(min=1, max=agent.MAX_TURNS, help="Of each agent.")] = 6,
+    json: Json = None,
+    keep_serving: Annotated[
+        bool, typer.Option("--keep-serving", help="Leave a server running.")
+    ] = False,
+) -> int:
     """Run the demo; the exit status is 1 where a server did not start or broke off a turn."""
-    args = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     began = time.monotonic()
     try:
-        runs, recording = run_demo(args.turns)
+        runs, recording = run_demo(turns)
     except (ServerDiedError, RuntimeError, httpx.HTTPError) as error:
         print(f"scripts/demo: {error}", file=sys.stderr)
         return 1
@@ -147,21 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "run_s": round(time.monotonic() - began, 1),
     }
     demo_report.summary(runs, figures)
-    if args.json:
-        arms = [
-            {
-                "arm": "stateful" if run.stateful else "stateless",
-                "start_s": round(run.start_s, 1),
-                "turns": [asdict(turn) for turn in run.turns],
-            }
-            for run in runs
-        ]
-        args.json.write_text(json.dumps({"figures": figures, "arms": arms}, indent=1) + "\n")
-        print(f"written to {args.json}")
-    if args.keep_serving:
-        keep_serving()
+    if json:
+        demo_report.write(json, runs, figures)
+    if keep_serving:
+        serve_on()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

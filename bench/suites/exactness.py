@@ -5,35 +5,30 @@ API with drafts on. Then every generated token is checked against a float32 `tra
 that reads the whole transcript at once: the token must be the argmax there. A difference is
 excused only where the two logits lie closer than ``--tie``.
 
-    python -m bench.suites.exactness --sessions 200 --json exactness.json
+    python -m bench exactness --sessions 200 --json exactness.json
 """
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
-import json
 import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import httpx
-from rich.progress import track
+import typer
 
+from bench.engines import package
+from bench.harness import http
+from bench.harness.figures import report
+from bench.harness.options import Json, ServerArguments
+from bench.harness.rounds import progress
 from bench.harness.server import serve
+from bench.workloads.prompts import random_delta
 
 MAX_TOKENS = 24
-TIE = 1e-4
-"""Logits closer than this are a tie."""
-_WORDS = (
-    '{"name": "search", "arguments": {"pattern": "def ", "path": "src/tree.py"}}',
-    '{"name": "read", "arguments": {"path": "src/tree.py", "first": 1, "last": 40}}',
-    "The result is below.",
-    "Count the lines of every file and report the total.",
-    "once upon a time there was a small engine that could",
-    "<tool_response>42 lines</tool_response>",
-)
 
 
 @dataclass
@@ -48,20 +43,6 @@ class Session:
     turns: int = 0
     extra_computed: int = 0
     """Most prompt tokens a turn after the first computed beyond its delta."""
-
-
-def random_delta(rng: random.Random, tokenizer, first: bool) -> list[int]:
-    """Text that repeats itself, plain text, or random token ids: 1 to about 200 tokens."""
-    kind = rng.random()
-    if kind < 0.5:
-        text = "\n".join(rng.choice(_WORDS) for _ in range(rng.randint(1, 8 if first else 4)))
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    if kind < 0.8:
-        text = (
-            f"<|im_end|>\n<|im_start|>user\n{rng.choice(_WORDS)}<|im_end|>\n<|im_start|>assistant\n"
-        )
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [rng.randrange(20, tokenizer.vocab_size) for _ in range(rng.randint(1, 60))]
 
 
 def run_turn(client: httpx.Client, session: Session, delta: list[int], max_tokens: int) -> Session:
@@ -95,12 +76,14 @@ def play(url: str, model: Path, sessions: int, seed: int) -> list[Session]:
     tokenizer = AutoTokenizer.from_pretrained(model)
     rng = random.Random(seed)
     with (
-        httpx.Client(base_url=url, timeout=300) as client,
+        http.client(url) as client,
         concurrent.futures.ThreadPoolExecutor(4) as pool,
     ):
-        done, live = [], []
+        done: list[Session] = []
+        live: list[Session] = []
         waiting = sessions
-        progress = iter(track(range(sessions), "sessions", transient=True))
+        bar = progress(range(sessions), "sessions")
+        next(bar, None)
         while live or waiting:
             while waiting and len(live) < 12:
                 opened = client.post("/v1/sessions", json={}).raise_for_status().json()
@@ -124,7 +107,7 @@ def play(url: str, model: Path, sessions: int, seed: int) -> list[Session]:
                     client.delete(f"/v1/sessions/{session.id}").raise_for_status()
                     live.remove(session)
                     done.append(session)
-                    next(progress, None)
+                    next(bar, None)
         return done
 
 
@@ -146,7 +129,7 @@ def compare(model: Path, sessions: list[Session]) -> list[Mismatch]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().to(device)
     mismatches = []
-    for session in track(sessions, "transformers", transient=True):
+    for session in progress(sessions, "transformers"):
         with torch.inference_mode():
             logits = reference(torch.tensor([session.transcript], device=device)).logits[0]
         for position in session.generated:
@@ -158,46 +141,33 @@ def compare(model: Path, sessions: list[Session]) -> list[Mismatch]:
     return mismatches
 
 
-def main() -> int:
+def main(
+    sessions: Annotated[int, typer.Option(min=1, help="Random conversations.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the conversations.")] = 1,
+    tie: Annotated[float, typer.Option(help="Logits closer than this are a tie.")] = 1e-4,
+    json: Json = None,
+    server_arguments: ServerArguments = None,
+) -> int:
     """Run the check; exit status 1 when a mismatch is no tie."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--sessions", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--tie", type=float, default=TIE, help="logits closer than this are a tie")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("server", nargs="*", help="after --: more arguments of the server")
-    args = parser.parse_args()
-
-    from stateful_sglang.cpu.platform import prepare
-    from stateful_sglang.embedded.cache import ensure_default_model
-
-    prepare()
-    model = ensure_default_model()
+    package.prepare()
+    model = package.default_model()
     began = time.monotonic()
-    with serve("--model-path", str(model), "--dtype", "float32", *args.server) as server:
-        sessions = play(server.url, model, args.sessions, args.seed)
-    mismatches = compare(model, sessions)
-    real = [m for m in mismatches if m.gap >= args.tie]
+    arguments = ("--model-path", str(model), "--dtype", "float32", *(server_arguments or ()))
+    with serve(*arguments) as server:
+        played = play(server.url, model, sessions, seed)
+    mismatches = compare(model, played)
+    real = [m for m in mismatches if m.gap >= tie]
     figures = {
-        "sessions": len(sessions),
-        "turns": sum(s.turns for s in sessions),
-        "tokens_generated": sum(len(s.generated) for s in sessions),
-        "tokens_transcript": sum(len(s.transcript) for s in sessions),
+        "sessions": len(played),
+        "turns": sum(s.turns for s in played),
+        "tokens_generated": sum(len(s.generated) for s in played),
+        "tokens_transcript": sum(len(s.transcript) for s in played),
         "mismatches": len(real),
         "ties": len(mismatches) - len(real),
-        "computed_over_delta_max": max(s.extra_computed for s in sessions),
+        "computed_over_delta_max": max(s.extra_computed for s in played),
         "run_s": round(time.monotonic() - began, 1),
     }
-    for name, value in figures.items():
-        print(f"{name:28} {value}")
+    report(figures, json)
     for mismatch in real[:20]:
         print(f"MISMATCH {mismatch}")
-    if args.json:
-        args.json.write_text(json.dumps({"figures": figures}, indent=1))
     return 1 if real else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -4,33 +4,31 @@ Many short continuations of a few prompts are sampled at temperature 1 from two 
 drafts and one that does not, and compared by a two-sample chi-square test for each prompt. With
 ``--biased`` a third server, whose verifier is wrong on purpose, must fail the same test.
 
-    python -m bench.suites.sampling_exactness --biased --json sampling.json
+    python -m bench sampling_exactness --biased --json sampling.json
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-import httpx
+import typer
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from bench.harness.server import Server, serve, serve_command
+from bench.engines import package
+from bench.engines.arms import Arm, Setting
+from bench.engines.ours import BIASED, launched
+from bench.harness import http
+from bench.harness.figures import report
+from bench.harness.options import PEERS, Json, ServerArguments
+from bench.harness.rounds import say
+from bench.harness.server import Server
+from bench.workloads.prompts import SAMPLED
 
-PROMPTS = (
-    "red blue green red blue green red blue",
-    '{"name": "read", "path": "a.py"}\n{"name": "read", "path": "b.py"}\n{"name": "read", "path":',
-    "The cat sat on the mat. The dog sat on the log. The cat sat on the",
-    "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return a",
-)
 NEW_TOKENS = 4
 """The first comes from prefill; up to two of the others are drafted in one step."""
 GROUP = 125
@@ -64,14 +62,14 @@ class Comparison(NamedTuple):
 
 def draw(server: Server, samples: int) -> Sample:
     """Sample at least `samples` continuations, the same number of each prompt."""
-    each = -(-samples // (len(PROMPTS) * GROUP))
-    texts: list[Counter[Text]] = [Counter() for _ in PROMPTS]
+    each = -(-samples // (len(SAMPLED) * GROUP))
+    texts: list[Counter[Text]] = [Counter() for _ in SAMPLED]
     steps = tokens = 0
 
     def request(number: int) -> tuple[int, list[dict[str, object]]]:
-        prompt = number % len(PROMPTS)
+        prompt = number % len(SAMPLED)
         body = {
-            "text": PROMPTS[prompt],
+            "text": SAMPLED[prompt],
             "sampling_params": {
                 "n": GROUP,
                 "temperature": 1.0,
@@ -83,10 +81,10 @@ def draw(server: Server, samples: int) -> Sample:
         return prompt, reply.json()
 
     with (
-        httpx.Client(base_url=server.url, timeout=600) as client,
+        http.client(server.url) as client,
         ThreadPoolExecutor(PARALLEL) as pool,
     ):
-        for prompt, outputs in pool.map(request, range(each * len(PROMPTS))):
+        for prompt, outputs in pool.map(request, range(each * len(SAMPLED))):
             for output in outputs:
                 ids: list[int] = output["output_ids"]  # type: ignore[assignment]
                 meta: dict[str, int] = output["meta_info"]  # type: ignore[assignment]
@@ -117,38 +115,43 @@ def compare(a: Sample, b: Sample) -> Comparison:
     return Comparison(chi2, dof, float(stats.chi2.sf(chi2, dof)))
 
 
-def main() -> int:
-    """Sample, compare, print; exit status 1 where a comparison came out as it must not."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--samples", type=int, default=20_000, help="from each server")
-    parser.add_argument("--biased", action="store_true", help="also run the wrong verifier")
-    parser.add_argument("--json", type=Path)
-    args, extra = parser.parse_known_args()
+def arms(biased: bool, more: list[str]) -> list[Arm]:
+    """The servers to sample from, each of this build."""
+    found = [
+        Arm("plain", "without drafts", launched("--draft", "off", *more)),
+        Arm("drafts", "with drafts", launched(*more)),
+    ]
+    if biased:
+        wrong = launched(*more, module=BIASED)
+        found.append(Arm("biased", "a verifier that is wrong on purpose", wrong))
+    return found
 
-    biased = serve_command(sys.executable, "-m", "bench.engines.biased", *extra)
-    arms: dict[str, AbstractContextManager[Server]] = {
-        "plain": serve("--draft", "off", *extra),
-        "drafts": serve(*extra),
-        **({"biased": biased} if args.biased else {}),
-    }
-    samples: dict[str, Sample] = {}
-    for name, arm in arms.items():
-        with arm as server:
+
+def main(
+    samples: Annotated[int, typer.Option(min=1, help="From each server.")] = 20_000,
+    biased: Annotated[bool, typer.Option("--biased", help="Also run the wrong verifier.")] = False,
+    json: Json = None,
+    server_arguments: ServerArguments = None,
+) -> int:
+    """Sample, compare, print; exit status 1 where a comparison came out as it must not."""
+    setting = Setting(package.default_model(), PEERS, package.usable_cores())
+    drawn: dict[str, Sample] = {}
+    for arm in arms(biased, list(server_arguments or ())):
+        with arm.start(setting) as running:
             # A bias this large shows in fewer samples.
-            share = 4 if name == "biased" else 1
-            samples[name] = draw(server, args.samples // share)
+            share = 4 if arm.name == "biased" else 1
+            drawn[arm.name] = draw(running.server, samples // share)
+        say(f"{arm.name}: sampled")
 
     table = Table("server", "samples", "tokens a step", "chi-square", "degrees", "p", "verdict")
-    figures: dict[str, float] = {"samples": args.samples}
+    figures: dict[str, float] = {"samples": samples}
     right = True
-    for name, sample in samples.items():
+    for name, sample in drawn.items():
         row = [name, str(sum(c.total() for c in sample.texts))]
         figures[f"{name}_tokens_a_step"] = sample.tokens / max(sample.steps, 1)
         row.append(f"{figures[f'{name}_tokens_a_step']:.2f}")
         if name != "plain":
-            found = compare(samples["plain"], sample)
+            found = compare(drawn["plain"], sample)
             holds = found.p < BIASED_P if name == "biased" else found.p > EQUAL_P
             right &= holds
             figures |= {f"{name}_chi2": found.chi2, f"{name}_dof": found.dof, f"{name}_p": found.p}
@@ -156,14 +159,8 @@ def main() -> int:
             row += [f"{found.chi2:.1f}", str(found.dof), f"{found.p:.3g}", verdict]
         table.add_row(*row)
     Console().print(table)
-    print(json.dumps(figures))
-    if args.json:
-        args.json.write_text(json.dumps({"figures": figures}, indent=1))
-    if samples["drafts"].tokens <= samples["drafts"].steps:
+    report(figures, json)
+    if drawn["drafts"].tokens <= drawn["drafts"].steps:
         print("no draft was accepted: the comparison says nothing", file=sys.stderr)
         return 1
     return 0 if right else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -3,20 +3,22 @@
 Cold compiles the kernels and converts the embedded model into a new cache folder; the operating
 system's file cache is as the round before left it. Rounds alternate.
 
-    python -m bench.suites.startup [--rounds 3] [--json FILE] [any argument of the launcher]
+    python -m bench startup --rounds 3 --json startup.json
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
+import statistics
 import tempfile
-from pathlib import Path
+from collections.abc import Sequence
 
+from bench.harness.figures import report
+from bench.harness.options import Json, Rounds, ServerArguments
+from bench.harness.rounds import say
 from bench.harness.server import serve
-from bench.harness.stats import summarise
 
+KINDS = ("cold", "warm")
 STAGES = {
     "compile": re.compile(r"CPU kernels compiled in (\d+(?:\.\d+)?) s"),
     "convert": re.compile(r"model ready in (\d+(?:\.\d+)?) s"),
@@ -25,40 +27,32 @@ STAGES = {
 """What the server's log says of its start, by name."""
 
 
-def start(cache: Path | None, arguments: list[str]) -> dict[str, float]:
+def start(kind: str, arguments: Sequence[str]) -> dict[str, float]:
     """Seconds of one start: ``ready`` in all, and its stages as far as the log tells."""
-    more = [] if cache is None else ["--cache-dir", str(cache)]
-    with serve(*arguments, *more) as server:
-        log = server.log.read_text(errors="replace")
-        seconds = {"ready": server.start_s}
+    with tempfile.TemporaryDirectory() as folder:
+        more = ["--cache-dir", folder] if kind == "cold" else []
+        with serve(*arguments, *more) as server:
+            log = server.log.read_text(errors="replace")
+            seconds = {"ready": server.start_s}
     for name, pattern in STAGES.items():
         if found := pattern.search(log):
             seconds[name] = float(found[1])
     return seconds
 
 
-def main() -> None:
+def main(rounds: Rounds = 3, json: Json = None, server_arguments: ServerArguments = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    args, arguments = parser.parse_known_args()
-    runs: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
-    for number in range(args.rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            runs["cold"].append(start(Path(folder), arguments))
-        runs["warm"].append(start(None, arguments))
-        for kind, done in runs.items():
-            told = ", ".join(f"{name} {value:.1f} s" for name, value in done[-1].items())
-            print(f"round {number + 1}/{args.rounds}: {kind}: {told}", flush=True)
-    for kind, done in runs.items():
-        ready = summarise([one["ready"] for one in done])
-        print(f"{kind}: ready in {ready.median:.1f} s ({ready.low:.1f} to {ready.high:.1f})")
-    if args.json:
-        args.json.write_text(json.dumps(runs, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+    rounds = rounds or 3
+    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    for number in range(rounds):
+        for kind in KINDS:
+            runs[kind].append(start(kind, server_arguments or ()))
+            told = ", ".join(f"{name} {value:.1f} s" for name, value in runs[kind][-1].items())
+            say(f"round {number + 1}/{rounds}: {kind}: {told}")
+    figures = {
+        f"{kind}_{stage}_s": round(statistics.median(times), 1)
+        for kind, done in runs.items()
+        for stage in ("ready", *STAGES)
+        if (times := [one[stage] for one in done if stage in one])
+    }
+    report(figures, json, **runs)

@@ -1,37 +1,23 @@
-"""A coding agent for the demo: four tools that really run on a repository, and two lists of tasks.
+"""A coding agent: its instructions, four tools, and two lists of tasks in the corpus's repository.
 
-The model writes every call itself, under a JSON schema; what a call brings back, error or not, goes
-back to it as the tool's result.
+The model writes every call itself, under a JSON schema; what a call brings back (`tools.py`), error
+or not, goes back to it as the tool's result.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-RESULT_LINES = 24
-RESULT_CHARACTERS = 1000
-"""A result is cut to this, some 300 tokens: what recorded agents add in a turn."""
-LISTED_FILES = 24
+from bench.workloads.tools import text_files
+
 SHOWN_FILES = 24
 MAX_TURNS = 16
 """Beyond them a conversation would not fit into the default model's context."""
 PACKAGE = "stateful_sglang"
-SKIPPED = {"__pycache__", "build", "dist"}
-
-
-class ToolError(Exception):
-    """A call that cannot be carried out; the message goes to the model."""
-
-
-class Outcome(NamedTuple):
-    """What a call came to."""
-
-    text: str
-    failed: bool
 
 
 def _tool(name: str, description: str, **parameters: tuple[str, str]) -> dict[str, Any]:
@@ -122,7 +108,7 @@ TASKS: dict[str, tuple[str, ...]] = {
 def system_prompt(root: Path) -> str:
     """Instructions and the repository's files; the tools are defined beside it."""
     files = itertools.islice(
-        (str(f.relative_to(root)) for f in _files(root / PACKAGE)), SHOWN_FILES
+        (str(f.relative_to(root)) for f in text_files(root / PACKAGE)), SHOWN_FILES
     )
     return (
         "You are a careful coding agent who works in one repository. You answer every request with "
@@ -142,103 +128,14 @@ def examples() -> list[tuple[str, str]]:
 def tasks(agent: str, turns: int) -> list[str]:
     """The first `turns` requests of an agent; past its list, it reads on in larger files."""
     asked = list(TASKS[agent][:turns])
-    file = {"A": "docs/design.md", "B": "LICENSE"}[agent]
+    file = {"A": "stateful_sglang/session/render.py", "B": "LICENSE"}[agent]
     while len(asked) < turns:
         first = 1 + 12 * (len(asked) - len(TASKS[agent]))
         asked.append(f'Read lines {first} to {first + 11} of "{file}".')
     return asked
 
 
-def run_tool(root: Path, call: str) -> Outcome:
-    """Carry out a call as the model wrote it, inside `root` only."""
-    try:
-        request = json.loads(call)
-        name, arguments = request["name"], request["arguments"]
-        tool = {"search": _search, "read": _read, "list": _list, "count_lines": _count}[name]
-        return Outcome(_cut(tool(root, **arguments)), failed=False)
-    except ToolError as error:
-        return Outcome(f"error: {error}", failed=True)
-    except (ValueError, KeyError, TypeError) as error:
-        return Outcome(f"error: not a call of a known function: {error}", failed=True)
-
-
 def _call(name: str, values: tuple[Any, ...]) -> Mapping[str, Any]:
     (tool,) = [tool["function"] for tool in TOOLS if tool["function"]["name"] == name]
     keys = tool["parameters"]["properties"]
     return {"name": name, "arguments": dict(zip(keys, values, strict=True))}
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Text files below `folder`, in order, without what is hidden or generated."""
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name in SKIPPED or path.is_symlink():
-            continue
-        if path.is_dir():
-            if path.suffix != ".egg-info":
-                yield from _files(path)
-        elif path.suffix in {".py", ".md", ".toml", ".txt", ".cpp", ".h", ".json", ""}:
-            yield path
-
-
-def _inside(root: Path, path: str) -> Path:
-    found = (root / path).resolve()
-    if not found.is_relative_to(root.resolve()):
-        raise ToolError(f"{path} is outside the repository")
-    if not found.exists():
-        raise ToolError(f"{path} does not exist")
-    return found
-
-
-def _lines(root: Path, path: str) -> list[str]:
-    file = _inside(root, path)
-    if not file.is_file():
-        raise ToolError(f"{path} is not a file")
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ToolError(f"{path} is not text") from error
-
-
-def _search(root: Path, text: str, path: str) -> str:
-    if not text:
-        raise ToolError("there is no text to look for")
-    place = _inside(root, path)
-    hits = []
-    for file in [place] if place.is_file() else _files(place):
-        name = file.relative_to(root.resolve())
-        try:
-            lines = _lines(root, str(name))
-        except ToolError:
-            continue
-        hits += [f"{name}:{n}: {line.strip()}" for n, line in enumerate(lines, 1) if text in line]
-    return "\n".join(hits) or f"no line contains {text}"
-
-
-def _read(root: Path, path: str, first_line: int, last_line: int) -> str:
-    lines = _lines(root, path)
-    if not 1 <= first_line <= min(last_line, len(lines)):
-        raise ToolError(f"{path} has lines 1 to {len(lines)}, not {first_line} to {last_line}")
-    numbered = enumerate(lines[first_line - 1 : last_line], first_line)
-    return "\n".join(f"{number} {line}" for number, line in numbered)
-
-
-def _list(root: Path, path: str) -> str:
-    folder = _inside(root, path)
-    if not folder.is_dir():
-        raise ToolError(f"{path} is not a folder")
-    entries = [
-        f"{entry.name}/" if entry.is_dir() else f"{entry.name} ({entry.stat().st_size} bytes)"
-        for entry in sorted(folder.iterdir())
-        if entry.name not in SKIPPED and not entry.name.startswith(".")
-    ]
-    return "\n".join(entries[:LISTED_FILES]) or f"{path} is empty"
-
-
-def _count(root: Path, path: str) -> str:
-    return f"{path} has {len(_lines(root, path))} lines"
-
-
-def _cut(text: str) -> str:
-    lines = text.splitlines()
-    kept = "\n".join(lines[:RESULT_LINES])[:RESULT_CHARACTERS]
-    return kept if kept == text else f"{kept}\n... ({len(lines)} lines in all)"

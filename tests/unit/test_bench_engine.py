@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from bench.engines.load import LlamaCppDialect, OpenAIDialect, SGLangDialect
+from bench.engines.dialects import LlamaCppDialect, OpenAIDialect, SGLangDialect
 from bench.harness import report
 from bench.harness.limits import ModelCost, Rates, limit_s, model_cost, work
+from bench.harness.plot import plot
 from bench.harness.results import FORWARD, OURS, VLLM, Results
 from bench.harness.stats import Arrival, joint, paired_ratio, summarise
 from bench.workloads.cells import HEAVY, Cell, all_cells, decode, plan, prefill, verify
@@ -219,5 +220,5 @@ def test_the_plot_is_written(tmp_path) -> None:
     results = _results()
     _add(results, OURS, decode(16, 128), 0.5, 1.0)
     _add(results, FORWARD, verify(8, 128), 0.5)
-    report.plot(results, tmp_path / "engine.png")
+    plot(results, tmp_path / "engine.png")
     assert (tmp_path / "engine.png").read_bytes().startswith(b"\x89PNG")

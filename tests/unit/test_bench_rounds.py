@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import threading
@@ -13,22 +12,13 @@ from typing import Any
 
 import pytest
 
-from bench.engines.arms import Arm, ArmUnavailableError, Setting
-from bench.engines.load import (
-    MOST_TOKENS,
-    LlamaCppDialect,
-    Load,
-    NeverTogetherError,
-    OpenAIDialect,
-    RequestError,
-    SGLangDialect,
-    Stream,
-)
+from bench.engines.arms import Arm, ArmUnavailableError, Command, Running, Setting
+from bench.engines.comparison import Course, EngineBench
+from bench.engines.dialects import LlamaCppDialect, OpenAIDialect, SGLangDialect
+from bench.engines.load import MOST_TOKENS, Load, NeverTogetherError, RequestError, Stream
 from bench.harness import machine
 from bench.harness.limits import Rates
 from bench.harness.stats import Arrival
-from bench.suites import engine
-from bench.suites.engine import EngineBench
 from bench.workloads.cells import decode, prefill
 
 CONFIG = {
@@ -63,26 +53,23 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     loads: list[FakeLoad] = []
 
-    @contextlib.contextmanager
-    def start(setting: Setting) -> Iterator[Any]:
-        loads.append(FakeLoad())
-        yield loads[-1]
+    class FakeArm(Arm):
+        @contextlib.contextmanager
+        def start(self, setting: Setting) -> Iterator[Any]:
+            self.command(setting)
+            loads.append(FakeLoad())
+            yield Running(None, loads[-1])
 
-    @contextlib.contextmanager
-    def refuse(setting: Setting) -> Iterator[Any]:
+    def refuse(setting: Setting) -> Command:
         raise ArmUnavailableError("it was never set up")
-        yield
 
-    arms = {"fast": Arm("fast", "fake", start), "absent": Arm("absent", "fake", refuse)}
-    monkeypatch.setattr(engine, "ARMS", arms)
-    monkeypatch.setattr(machine, "measure", lambda: Rates(1e9, 1e9, 1e9))
+    fast = FakeArm("fast", "fake", lambda _: Command(()))
+    arms = [fast, FakeArm("absent", "fake", refuse)]
+    monkeypatch.setattr(machine, "measure", lambda threads: Rates(1e9, 1e9, 1e9))
 
     def make(**changes: Any) -> EngineBench:
-        args = argparse.Namespace(
-            quick=True, rounds=2, cell_budget=1e9, lock=tmp_path / "lock", seed=1
-        )
-        vars(args).update(changes)
-        return EngineBench(Setting(tmp_path, tmp_path, 1), list(arms.values()), args)
+        wanted = {"quick": True, "rounds": 2, "cell_budget_s": 1e9, "lock": tmp_path / "lock"}
+        return EngineBench(Setting(tmp_path, tmp_path, 1), arms, Course(**{**wanted, **changes}))
 
     return make, loads
 
@@ -110,7 +97,7 @@ def test_no_prompt_is_ever_sent_twice_to_be_prefilled(bench) -> None:
 
 def test_a_cell_over_its_budget_is_left_out_with_the_reason(bench) -> None:
     make, _ = bench
-    results = make(cell_budget=1.0).run()
+    results = make(cell_budget_s=1.0).run()
     assert results.speed("fast", decode(16, 128)) is None
     assert "would take about" in results.missing["fast", decode(16, 128)]
     assert results.speed("fast", decode(4, 128)) is not None
@@ -118,7 +105,7 @@ def test_a_cell_over_its_budget_is_left_out_with_the_reason(bench) -> None:
 
 def test_prompts_that_take_too_long_are_left_out_before_they_are_sent(bench) -> None:
     make, loads = bench
-    results = make(cell_budget=1.0).run()
+    results = make(cell_budget_s=1.0).run()
     assert results.speed("fast", prefill(2048)) is None
     assert "a prompt would take about 2 s" in results.missing["fast", prefill(2048)]
     assert results.speed("fast", prefill(128)) is not None

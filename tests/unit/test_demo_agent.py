@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from jsonschema import validate
 
-from bench.workloads import agent
+from bench.corpus import REPOSITORY
+from bench.workloads import agent, tools
 from stateful_sglang.grammar.calls import tool_call_schema
 
 
@@ -26,8 +28,8 @@ def repository(tmp_path: Path) -> Path:
     return root
 
 
-def run(repository: Path, name: str, **arguments: object) -> agent.Outcome:
-    return agent.run_tool(repository, json.dumps({"name": name, "arguments": arguments}))
+def run(repository: Path, name: str, **arguments: object) -> tools.Outcome:
+    return tools.run_tool(repository, json.dumps({"name": name, "arguments": arguments}))
 
 
 def test_search_names_file_and_line_and_skips_what_is_hidden(repository: Path) -> None:
@@ -51,7 +53,7 @@ def test_count_and_list_look_at_the_disk(repository: Path) -> None:
 def test_a_long_result_is_cut_and_says_so(repository: Path) -> None:
     outcome = run(repository, "read", path="src/long.py", first_line=1, last_line=399)
     assert outcome.text.splitlines()[-1] == "... (399 lines in all)"
-    assert len(outcome.text.splitlines()) == agent.RESULT_LINES + 1
+    assert len(outcome.text.splitlines()) == tools.RESULT_LINES + 1
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,7 @@ def test_a_call_that_cannot_be_carried_out_is_a_result(
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"name": "read"}', '{"name": "read", "arg'])
 def test_nonsense_is_a_result_too(repository: Path, text: str) -> None:
-    assert agent.run_tool(repository, text).failed
+    assert tools.run_tool(repository, text).failed
 
 
 def test_examples_are_calls_that_the_schema_allows() -> None:
@@ -98,3 +100,21 @@ def test_there_are_as_many_tasks_as_turns(turns: int) -> None:
     for name in agent.TASKS:
         asked = agent.tasks(name, turns)
         assert len(asked) == len(set(asked)) == turns
+
+
+def test_every_task_can_be_carried_out_in_the_corpus() -> None:
+    place = '"(?P<path>.+)"'
+    calls = {
+        "Search": ("search", f'Search for "(?P<text>.+)" in {place}.'),
+        "Read": ("read", rf"Read lines (?P<first_line>\d+) to (?P<last_line>\d+) of {place}."),
+        "List": ("list", f"List the files in {place}."),
+        "Count": ("count_lines", f"Count the lines of {place}."),
+    }
+    for name in agent.TASKS:
+        for task in agent.tasks(name, agent.MAX_TURNS):
+            tool, pattern = calls[task.split()[0]]
+            found = re.fullmatch(pattern, task)
+            arguments = {k: int(v) if v.isdigit() else v for k, v in found.groupdict().items()}
+            outcome = run(REPOSITORY, tool, **arguments)
+            assert not outcome.failed, (task, outcome.text)
+            assert "no line contains" not in outcome.text, task

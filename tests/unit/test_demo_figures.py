@@ -6,16 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from bench.engines.dialogues import Turn
-from bench.harness.demo_report import figures
+from bench.__main__ import main
+from bench.engines.dialogues import Reply
+from bench.harness.demo_report import DemoTurn, figures
 from bench.suites import demo
 
-FIRST = Turn("A", 1, 0, 1000, 1000, 40, 300.0, 600.0, 4.0, "call")
-SECOND = Turn("A", 2, 1040, 200, 201, 40, 50.0, 200.0, 4.0, "call")
+FIRST = DemoTurn("A", 1, 0, 1000, 1000, 40, 300.0, 600.0, 4.0, 99, "call")
+SECOND = DemoTurn("A", 2, 1040, 200, 201, 40, 50.0, 200.0, 4.0, 99, "call")
 OURS = [FIRST, SECOND, replace(FIRST, agent="B", computed_tokens=20, total_ms=100.0)]
 
 
-def scaled(turns: list[Turn], factor: float) -> list[Turn]:
+def scaled(turns: list[DemoTurn], factor: float) -> list[DemoTurn]:
     return [replace(turn, total_ms=turn.total_ms * factor) for turn in turns]
 
 
@@ -48,23 +49,23 @@ def test_other_answers_and_other_prompts_are_counted() -> None:
 
 
 def test_what_a_call_brought_back_is_said_in_the_next_turn() -> None:
-    class Arm:
-        def turn(self, agent, number, messages, answer):
+    class Parrot:
+        def say(self, messages, answer):
             call = '{"name": "count_lines", "arguments": {"path": "nowhere"}}'
-            return replace(FIRST, agent=agent, number=number, text=call)
+            return Reply(0, 10, 10, 5, 1.0, 2.0, None, 99, call)
 
     recording = demo.Recording()
     for number in (1, 2):
-        demo.take_turn(Arm(), "A", number, 2, recording)
+        demo.take_turn(Parrot(), "A", number, 2, recording)
     first, second = recording.messages["A", 1], recording.messages["A", 2]
-    assert [message.role for message in first] == ["user"]
-    assert [message.role for message in second] == ["tool", "user"]
-    assert second[0].content == "error: nowhere does not exist"
+    assert [message["role"] for message in first] == ["user"]
+    assert [message["role"] for message in second] == ["tool", "user"]
+    assert second[0]["content"] == "error: nowhere does not exist"
     assert recording.failed_calls == 1
 
 
 @pytest.mark.parametrize("turns", ["0", "-1", "17", "x"])
 def test_turns_that_cannot_be_run_are_a_usage_error(turns: str) -> None:
     with pytest.raises(SystemExit) as ended:
-        demo.parse(["--turns", turns])
+        main(["demo", "--turns", turns])
     assert ended.value.code == 2

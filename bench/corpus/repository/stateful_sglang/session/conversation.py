@@ -1,0 +1,90 @@
+"""A session's messages, and their shape: the little of a history that a chat template looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from stateful_sglang.session.messages import Head, Message
+from stateful_sglang.session.template import PROBE_CALL
+
+Shape = tuple[tuple[str, ...], ...]
+"""Kinds of messages since the last user message, a tuple for each step: the user's, then one for
+each assistant message with the results that follow it. Steps that repeat are kept once, so the
+shape of a loop of a thousand tool calls is as short as that of two."""
+
+RAW_SHAPE: Shape = (("user",), ("assistant",))
+"""What a template is told of a history that was appended as text or tokens."""
+
+
+@dataclass
+class Conversation:
+    """The messages behind a transcript. Changed only by commits."""
+
+    head: Head = field(default_factory=Head)
+    messages: list[Message] = field(default_factory=list)
+    shape: Shape = ()
+    raw: bool = False
+    """Text or tokens were appended, so the messages alone don't make up the transcript."""
+
+    def extend(self, messages: Sequence[Message]) -> None:
+        """Append committed messages, in time proportional to how many are new."""
+        self.messages.extend(messages)
+        self.shape = advance(self.shape, messages)
+
+
+def absorb_system(head: Head, messages: Sequence[Message]) -> tuple[Head, list[Message]]:
+    """Move a leading system message into a head that has none."""
+    if head.system is None and messages and messages[0].role == "system":
+        return replace(head, system=messages[0].content), list(messages[1:])
+    return head, list(messages)
+
+
+def advance(shape: Shape, messages: Iterable[Message]) -> Shape:
+    """The shape after appending `messages`."""
+    for message in messages:
+        kind = kind_of(message)
+        if message.role == "user":
+            shape = ((kind,),)
+        elif message.role == "assistant":
+            if shape[:-1] and shape[-1] in shape[:-1]:
+                shape = shape[:-1]
+            shape = (*shape, (kind,))
+        elif not shape:
+            shape = ((kind,),)
+        elif shape[-1][-1] != kind:
+            shape = (*shape[:-1], (*shape[-1], kind))
+    return shape
+
+
+def kind_of(message: Message) -> str:
+    """What a template may tell apart about a message: role, calls, and whether it was thinking."""
+    if message.role != "assistant":
+        return message.role
+    kind = "assistant"
+    if message.tool_calls:
+        kind += "+calls"
+    text = message.content if message.raw is None else message.raw
+    if "</think>" in text:
+        # Where the prompt opens the block already, the answer only closes it.
+        kind += "+think" if "<think>" in text else "+thought"
+    return kind
+
+
+def stand_ins(shape: Shape) -> list[Message]:
+    """A short conversation of this shape, with invented words."""
+    return [stand_in(kind, "zqearlier") for step in shape for kind in step]
+
+
+def stand_in(kind: str, words: str) -> Message:
+    """One message of a kind, as `kind_of` names it, saying `words`."""
+    role, *flags = kind.split("+")
+    if role == "tool":
+        return Message(role, words, tool_call_id=PROBE_CALL.id, name=PROBE_CALL.name)
+    if role != "assistant":
+        return Message(role, words)
+    if "think" in flags:
+        words = f"<think>\nzqthought\n</think>\n\n{words}"
+    elif "thought" in flags:
+        words = f"zqthought\n</think>\n\n{words}"
+    return Message(role, words, (PROBE_CALL,) if "calls" in flags else ())

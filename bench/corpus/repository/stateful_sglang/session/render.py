@@ -1,0 +1,204 @@
+"""Delta rendering: from new messages to new tokens, without touching what came before.
+
+A chat template is a function of the whole conversation, but with nearly all of them appending
+messages only appends text. Whether that holds here is read off a short stand-in conversation: the
+session's own head, invented messages in the shape of its history, an invented answer, then the real
+new messages::
+
+    prompt  = template(head, stand-ins,                      generation prompt)
+    full    = template(head, stand-ins, answer, new messages, generation prompt)
+    full    = prompt + answer + end token + delta      <- the pattern extends by a suffix
+
+The cost is that of the head and the new messages, whatever the history. Tokenising starts at the
+end token: a special token, across which no merge reaches, so the tokens equal those of the full
+text. Otherwise the whole conversation is rendered, and what it shares with the transcript is kept.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from stateful_sglang.session.conversation import (
+    RAW_SHAPE,
+    Conversation,
+    Shape,
+    stand_in,
+    stand_ins,
+)
+from stateful_sglang.session.errors import InvalidInputError
+from stateful_sglang.session.messages import Head, Message
+from stateful_sglang.session.template import (
+    PROBE_ARGUMENT,
+    PROBE_CALL,
+    ChatTemplate,
+    ChatTokenizer,
+    TemplateRefusedError,
+)
+from stateful_sglang.session.transcript import Transcript
+
+_ANSWER = "zqanswer"
+_PROMPTS_KEPT = 128
+
+
+@dataclass(frozen=True)
+class RenderedDelta:
+    """What a turn adds to a transcript."""
+
+    base_len: int
+    """Transcript tokens kept; fewer than there are where the template rewrites them."""
+    delta: array[int]
+    """New tokens, typecode 'q'."""
+    rewind_reason: str | None = None
+    """Why tokens were not kept: `template_rewrites_history` or `end_token`."""
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """What follows an answer in the template's text."""
+
+    end_text: str
+    rest: str
+
+
+class DeltaRenderer:
+    """Renders the turns of all sessions of one model. Holds a bounded cache, no session state."""
+
+    def __init__(self, tokenizer: ChatTokenizer, end_ids: Iterable[int]) -> None:
+        """
+        Args:
+            tokenizer: A Hugging Face tokenizer.
+            end_ids: Tokens that end a generation.
+        """
+        self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer)
+        self._end_ids = frozenset(end_ids)
+        texts = (tokenizer.decode([token], skip_special_tokens=False) for token in self._end_ids)
+        self._end_texts = sorted({text for text in texts if text}, key=len, reverse=True)
+        self._prompts: OrderedDict[tuple[str, Shape], str] = OrderedDict()
+
+    def check_head(self, head: Head) -> None:
+        """Raise `TemplateRefusedError` where the template can't render this head at all."""
+        self._render(head, [Message("user", "zq")])
+
+    def first(self, head: Head, messages: Sequence[Message]) -> RenderedDelta:
+        """Tokens of a session's first turn: the whole conversation and the generation prompt."""
+        return RenderedDelta(0, array("q", self._encode(self._render(head, messages))))
+
+    def text(self, text: str, transcript: Transcript) -> RenderedDelta:
+        """Tokens of raw text; the tokenizer's own start tokens only at the very beginning."""
+        ids = self._tokenizer.encode(text, add_special_tokens=not len(transcript))
+        return RenderedDelta(len(transcript), array("q", ids))
+
+    def next(
+        self, conversation: Conversation, transcript: Transcript, new: Sequence[Message]
+    ) -> RenderedDelta:
+        """Tokens of a later turn: the rest of the last answer's ending, the new messages and the
+        generation prompt. Changes neither argument.
+
+        Raises:
+            TemplateRefusedError: The template raised on the new messages.
+            InvalidInputError: The template rewrites history, and the history is not all messages.
+        """
+        try:
+            ending = self._ending(conversation, new)
+        except TemplateRefusedError:
+            if conversation.raw:
+                raise
+            ending = None  # the template may mind the stand-ins alone
+        ids = self._encode(ending.end_text + ending.rest) if ending else []
+        if ids and ids[0] in self._end_ids and len(transcript):
+            last = transcript.last()
+            if last == ids[0]:
+                return RenderedDelta(len(transcript), array("q", ids[1:]))
+            if last in self._end_ids:
+                # Ended by another end token than the template's own: that one takes its place.
+                return RenderedDelta(len(transcript) - 1, array("q", ids), "end_token")
+            return RenderedDelta(len(transcript), array("q", ids))
+        if conversation.raw:
+            raise InvalidInputError(
+                "messages",
+                "this model's chat template rewrites earlier turns, so messages can't follow text "
+                "or input_ids in one session; open another session",
+            )
+        return self._common_prefix(conversation, transcript, new)
+
+    def answer_text(self, output_ids: Sequence[int]) -> str:
+        """The text of a generated answer, special tokens included, without its end token."""
+        ids = list(output_ids)
+        if ids and ids[-1] in self._end_ids:
+            ids.pop()
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+    def _common_prefix(
+        self, conversation: Conversation, transcript: Transcript, new: Sequence[Message]
+    ) -> RenderedDelta:
+        ids = self._encode(self._render(conversation.head, [*conversation.messages, *new]))
+        # At least one token must be computed, for its logits.
+        kept = min(transcript.common_prefix(ids), len(ids) - 1)
+        reason = "template_rewrites_history" if kept < len(transcript) else None
+        return RenderedDelta(kept, array("q", ids[kept:]), reason)
+
+    def _ending(self, conversation: Conversation, new: Sequence[Message]) -> _Ending | None:
+        """What the template puts after the last answer, or None where appending is not enough."""
+        head = conversation.head
+        shape = RAW_SHAPE if conversation.raw or not conversation.shape else conversation.shape
+        before, kind = shape[:-1], shape[-1][-1]
+        if not before or not kind.startswith("assistant"):
+            return None
+        answer = replace(stand_in(kind, _ANSWER), tool_calls=())
+        if "calls" in kind and self._template.knows_tool_messages:
+            # Results in `new` answer the real calls, by number and by id.
+            calls = conversation.messages[-1].tool_calls
+            answer = replace(
+                answer, tool_calls=tuple(replace(PROBE_CALL, id=c.id, name=c.name) for c in calls)
+            )
+        full = self._render(head, [*stand_ins(before), answer, *new])
+        prompt = self._prompt(head, before)
+        if not full.startswith(prompt):
+            # The cached prompt may hold yesterday's date.
+            prompt = self._prompt(head, before, refresh=True)
+            if not full.startswith(prompt):
+                return None
+        said = full.find(answer.content, len(prompt))
+        if said >= 0 and full[len(prompt) : said].strip():
+            return None  # the template put words before the answer that the prompt lacks
+        # Templates write calls in ways of their own: their end is the next end token.
+        word = PROBE_ARGUMENT if answer.tool_calls else answer.content
+        at = full.find(word, len(prompt))
+        if at < 0:
+            return None
+        return self._ending_from(full, at + len(word), immediate=not answer.tool_calls)
+
+    def _ending_from(self, full: str, start: int, *, immediate: bool) -> _Ending | None:
+        """The first end token at or after `start`; with `immediate`, behind whitespace at most."""
+        found = [(full.find(text, start), text) for text in self._end_texts]
+        found = [(at, text) for at, text in found if at >= 0]
+        if not found:
+            return None
+        at, text = min(found, key=lambda each: (each[0], -len(each[1])))
+        if immediate and full[start:at].strip():
+            return None
+        return _Ending(text, full[at + len(text) :])
+
+    def _prompt(self, head: Head, shape: Shape, *, refresh: bool = False) -> str:
+        key = (head.key, shape)
+        cached = None if refresh else self._prompts.get(key)
+        if cached is None:
+            cached = self._render(head, stand_ins(shape))
+            self._prompts[key] = cached
+            if len(self._prompts) > _PROMPTS_KEPT:
+                self._prompts.popitem(last=False)
+        self._prompts.move_to_end(key)
+        return cached
+
+    def _render(self, head: Head, messages: Sequence[Message]) -> str:
+        return self._template.render(
+            head, messages, generation_prompt=True, native=self._template.knows_tool_messages
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)

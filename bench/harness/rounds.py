@@ -1,0 +1,45 @@
+"""Rounds in which every arm has its turn: none is always the first, and nobody else measures."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track
+
+T = TypeVar("T")
+
+
+def rotated(arms: Sequence[T], number: int) -> list[T]:
+    """The order of a round: each round another arm begins."""
+    turn = number % len(arms) if arms else 0
+    return [*arms[turn:], *arms[:turn]]
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Hold the lock that keeps benches on this machine from measuring each other."""
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def say(text: str) -> None:
+    """Tell how far a bench is, beside its results: on standard error."""
+    Console(stderr=True, highlight=False).print(text, markup=False)
+
+
+def progress(items: Sequence[T], what: str) -> Iterator[T]:
+    """Yield items under a bar that vanishes; where no terminal reads it, a line at each tenth."""
+    if sys.stderr.isatty():
+        yield from track(items, what, console=Console(stderr=True), transient=True)
+        return
+    for number, item in enumerate(items, 1):
+        yield item
+        if number * 10 // len(items) > (number - 1) * 10 // len(items):
+            print(f"{what}: {number}/{len(items)}", file=sys.stderr, flush=True)
