@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -49,8 +48,8 @@ def _exiting(main: Callable[..., int | None]) -> Callable[..., None]:
 
 
 def _help(text: str) -> str:
-    """A docstring in which indented paragraphs keep their lines."""
-    paragraphs = inspect.cleandoc(text).split("\n\n")
+    """A module's docstring in which indented paragraphs keep their lines."""
+    paragraphs = text.strip().split("\n\n")
     return "\n\n".join(f"\b\n{part}" if part.startswith(" ") else part for part in paragraphs)
 
 

@@ -47,11 +47,17 @@ class Stream:
 class Load:
     """A client of one server."""
 
-    def __init__(self, url: str, dialect: Dialect) -> None:
+    def __init__(self, url: str, dialect: Dialect, lengths: dict[int, int] | None = None) -> None:
+        """
+        Args:
+            url: Of the server.
+            dialect: What it understands.
+            lengths: Tokens a stream that were enough last time, by number of streams; loads that
+                are compared share them, so that their streams are equally long.
+        """
         self._url = url
         self._dialect = dialect
-        self._asked: dict[int, int] = {}
-        """Tokens a stream that were enough last time, by number of streams."""
+        self._lengths = {} if lengths is None else lengths
 
     def first_token_s(self, prompt: Sequence[int], slot: int = 0) -> float:
         """Seconds to the first token of a prompt; it is in the prefix cache afterwards."""
@@ -67,12 +73,12 @@ class Load:
         Raises:
             NeverTogetherError: It did not at `MOST_TOKENS`.
         """
-        asked = max(tokens, self._asked.get(len(prompts), 0))
+        asked = max(tokens, self._lengths.get(len(prompts), 0))
         while True:
             streams = self._run([(prompt, slot) for slot, prompt in enumerate(prompts)], asked)
             found = joint([stream.arrivals for stream in streams])
             if _says_enough(found, min(stream.began for stream in streams), tokens):
-                self._asked[len(prompts)] = asked
+                self._lengths[len(prompts)] = asked
                 return found.tokens_per_s
             if asked >= MOST_TOKENS:
                 raise NeverTogetherError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,21 @@ Figure = int | float | None
 
 
 def report(figures: Mapping[str, Figure], file: Path | None, **details: Any) -> None:
-    """Print a line a figure; write them to `file`, as ``figures``, with the details beside them."""
+    """Print a line a figure; write them to `file`, as ``figures``, with the details beside them.
+
+    What JSON has no number for, such as the bound of an interval of one round, is written as null.
+    """
     width = max(map(len, figures), default=0)
     for name, value in figures.items():
         print(f"{name:{width}} {_shown(value)}", flush=True)
     if file is not None:
-        file.write_text(json.dumps({"figures": dict(figures), **details}, indent=1) + "\n")
+        flat = {name: value if _finite(value) else None for name, value in figures.items()}
+        file.write_text(json.dumps({"figures": flat, **details}, indent=1) + "\n")
         print(f"written to {file}", flush=True)
+
+
+def _finite(value: Figure) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _shown(value: Figure) -> str:

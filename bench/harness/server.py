@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 
 from bench.harness import http
 
@@ -36,6 +37,12 @@ class Server:
 
 class ServerDiedError(RuntimeError):
     """The server ended, or did not get ready in time; the message ends with its log."""
+
+
+def cpu_seconds(server: Server) -> float:
+    """Processor time that a server's processes have taken so far."""
+    root = psutil.Process(server.pid)
+    return sum(sum(process.cpu_times()[:2]) for process in (root, *root.children(recursive=True)))
 
 
 def free_port() -> int:

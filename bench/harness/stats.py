@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+from scipy.stats import t as student  # type: ignore[import-untyped]
 
 
 class Summary(NamedTuple):
@@ -35,6 +38,35 @@ def paired_ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Summ
     """
     ratios = [value / theirs[number] for number, value in ours.items() if number in theirs]
     return summarise(ratios) if ratios else None
+
+
+class Interval(NamedTuple):
+    """A ratio that was measured in several rounds, and where the true one probably lies."""
+
+    ratio: float
+    """Geometric mean of the rounds' ratios."""
+    low: float
+    high: float
+    count: int
+    """Rounds."""
+
+
+def paired_interval(
+    ours: Mapping[int, float], theirs: Mapping[int, float], confidence: float = 0.95
+) -> Interval | None:
+    """Ours over theirs in the rounds that have both, with Student's interval of the logarithms.
+
+    Of one round the interval is everything; None where no round has both.
+    """
+    logs = [math.log(value / theirs[number]) for number, value in ours.items() if number in theirs]
+    if not logs:
+        return None
+    mean = statistics.mean(logs)
+    if len(logs) == 1:
+        return Interval(math.exp(mean), 0.0, math.inf, 1)
+    half = student.ppf((1 + confidence) / 2, len(logs) - 1) * statistics.stdev(logs)
+    half = float(half) / math.sqrt(len(logs))
+    return Interval(math.exp(mean), math.exp(mean - half), math.exp(mean + half), len(logs))
 
 
 class Arrival(NamedTuple):

@@ -15,7 +15,7 @@ from bench.harness import report
 from bench.harness.limits import ModelCost, Rates, limit_s, model_cost, work
 from bench.harness.plot import plot
 from bench.harness.results import FORWARD, OURS, VLLM, Results
-from bench.harness.stats import Arrival, joint, paired_ratio, summarise
+from bench.harness.stats import Arrival, joint, paired_interval, paired_ratio, summarise
 from bench.workloads.cells import HEAVY, Cell, all_cells, decode, plan, prefill, verify
 
 SMOLLM2 = {
@@ -222,3 +222,20 @@ def test_the_plot_is_written(tmp_path) -> None:
     _add(results, FORWARD, verify(8, 128), 0.5)
     plot(results, tmp_path / "engine.png")
     assert (tmp_path / "engine.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interval_holds_the_ratio_of_rounds_and_is_wide_with_few() -> None:
+    theirs = {number: 2.0**number for number in range(8)}  # The machine slows down all the time.
+    noise = (1.01, 0.99, 1.02, 0.98, 1.0, 1.01, 0.99, 1.0)
+    ours = {number: 1.1 * noise[number] * value for number, value in theirs.items()}
+    found = paired_interval(ours, theirs)
+    assert found.ratio == pytest.approx(1.1, rel=0.005)
+    assert 1.08 < found.low < 1.1 < found.high < 1.12
+    assert found.count == 8
+    two = paired_interval({n: ours[n] for n in (2, 3)}, theirs)
+    assert two.high - two.low > 5 * (found.high - found.low)
+
+
+def test_an_interval_of_one_round_is_everything_and_of_none_nothing() -> None:
+    assert paired_interval({0: 3.0}, {0: 2.0}) == (1.5, 0.0, float("inf"), 1)
+    assert paired_interval({0: 3.0}, {1: 2.0}) is None
