@@ -17,7 +17,7 @@ class Summary(NamedTuple):
     median: float
     low: float
     high: float
-    count: int
+    count: int  # type: ignore[assignment]  # shadows the method of tuples
 
 
 def summarise(values: Sequence[float]) -> Summary:
@@ -47,7 +47,7 @@ class Interval(NamedTuple):
     """Geometric mean of the rounds' ratios."""
     low: float
     high: float
-    count: int
+    count: int  # type: ignore[assignment]  # shadows the method of tuples
     """Rounds."""
 
 

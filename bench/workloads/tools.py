@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +30,7 @@ def run_tool(root: Path, call: str) -> Outcome:
     try:
         request = json.loads(call)
         name, arguments = request["name"], request["arguments"]
-        tool = {"search": _search, "read": _read, "list": _list, "count_lines": _count}[name]
-        return Outcome(_cut(tool(root, **arguments)), failed=False)
+        return Outcome(_cut(_TOOLS[name](root, **arguments)), failed=False)
     except ToolError as error:
         return Outcome(f"error: {error}", failed=True)
     except (ValueError, KeyError, TypeError) as error:
@@ -112,3 +111,11 @@ def _cut(text: str) -> str:
     lines = text.splitlines()
     kept = "\n".join(lines[:RESULT_LINES])[:RESULT_CHARACTERS]
     return kept if kept == text else f"{kept}\n... ({len(lines)} lines in all)"
+
+
+_TOOLS: dict[str, Callable[..., str]] = {
+    "search": _search,
+    "read": _read,
+    "list": _list,
+    "count_lines": _count,
+}
