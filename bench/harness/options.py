@@ -14,7 +14,7 @@ Json = Annotated[
 ]
 Rounds = Annotated[
     int | None,
-    typer.Option("--rounds", min=1, help="Times that every arm has its turn.", show_default=False),
+    typer.Option("--rounds", min=1, help="Times that every arm has its turn."),
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="Fewer sizes, a few minutes.")]
 Seed = Annotated[

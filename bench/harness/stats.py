@@ -8,8 +8,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from scipy.stats import t as student  # type: ignore[import-untyped]
-
 
 class Summary(NamedTuple):
     """Some measurements of one thing."""
@@ -58,6 +56,9 @@ def paired_interval(
 
     Of one round the interval is everything; None where no round has both.
     """
+    # Here, because only this needs it: most benches run in an environment without the bench extra.
+    from scipy.stats import t as student  # type: ignore[import-untyped]
+
     logs = [math.log(value / theirs[number]) for number, value in ours.items() if number in theirs]
     if not logs:
         return None
