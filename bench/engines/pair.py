@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,8 @@ from bench.workloads.prompts import random_ids
 BEFORE, AFTER = "before", "after"
 TOKENS = 40
 """Decoded by each stream, at least."""
+CELL_S = 5.0
+"""Once a cell has taken so long in a round, it is not measured again in it: that bounds a run."""
 
 
 @dataclass
@@ -32,7 +35,7 @@ class Pair:
     rng: random.Random
     vocabulary: int
     repeats: int = 3
-    """Measurements of a cell in a round."""
+    """Most measurements of a cell in a round."""
     seconds: dict[str, dict[Cell, dict[int, list[float]]]] = field(default_factory=dict)
     """Seconds a step by server, cell and round; a step is a whole prompt, or a token a stream."""
     missing: dict[Cell, str] = field(default_factory=dict)
@@ -54,10 +57,11 @@ class Pair:
             load.decode_rate([self._prompt(64)], 8)
 
     def round(self, number: int) -> None:
-        """Measure every cell `repeats` times on both."""
+        """Measure every cell on both, up to `repeats` times."""
         for cell in self.cells:
+            end = time.monotonic() + CELL_S
             for repeat in range(self.repeats):
-                if cell in self.missing:
+                if cell in self.missing or (repeat and time.monotonic() > end):
                     break
                 prompt = self._prompt(cell.width)
                 for name in rotated(tuple(self.loads), number + repeat):

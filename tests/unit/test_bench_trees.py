@@ -115,3 +115,12 @@ def test_an_unknown_cell_is_a_usage_error_that_names_the_known_ones(capsys) -> N
         main(["trees", "--before", here, "--before-python", __file__, "--cells", "prefill-7"])
     assert ended.value.code == 2
     assert "prefill-512" in capsys.readouterr().err
+
+
+def test_a_cell_that_takes_long_is_measured_once_a_round(
+    log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.engines.pair.CELL_S", -1.0)
+    pair = run(log, rounds=2)
+    assert [len(values) for values in pair.seconds[AFTER][prefill(128)].values()] == [1, 1]
+    assert pair.slowdown(prefill(128)).count == 2
