@@ -34,7 +34,7 @@ class Pair:
     cells: Sequence[Cell]
     rng: random.Random
     vocabulary: int
-    repeats: int = 3
+    repeats: int = 5
     """Most measurements of a cell in a round."""
     seconds: dict[str, dict[Cell, dict[int, list[float]]]] = field(default_factory=dict)
     """Seconds a step by server, cell and round; a step is a whole prompt, or a token a stream."""
@@ -73,10 +73,19 @@ class Pair:
         return {number: statistics.median(values) for number, values in rounds.items()}
 
     def slowdown(self, cell: Cell) -> Interval | None:
-        """Time after over time before, paired by round: above 1 it got slower."""
+        """Time after over time before: above 1 it got slower.
+
+        A round counts as the median of its pairs, which were measured one right after the other.
+        """
         if cell in self.missing:
             return None
-        return paired_interval(self.times(AFTER, cell), self.times(BEFORE, cell))
+        after = self.seconds.get(AFTER, {}).get(cell, {})
+        before = self.seconds.get(BEFORE, {}).get(cell, {})
+        ratios = {
+            number: statistics.median(a / b for a, b in zip(taken, before[number], strict=True))
+            for number, taken in after.items()
+        }
+        return paired_interval(ratios, dict.fromkeys(ratios, 1.0))
 
     def speed(self, name: str, cell: Cell) -> float | None:
         """Tokens a second, the median of the rounds."""

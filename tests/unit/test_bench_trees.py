@@ -79,7 +79,7 @@ def test_prefills_are_new_and_contexts_were_filled_before_anything_is_timed(log)
     later = log[start + 1 :]
     assert all(prompt in filled for _, kind, prompt in later if kind.startswith("decode"))
     fresh = [prompt for name, kind, prompt in later if kind == "prefill" and name == BEFORE]
-    assert len(set(fresh)) == len(fresh) == 12
+    assert len(set(fresh)) == len(fresh) == 20
     assert not filled & set(fresh)
 
 
