@@ -182,7 +182,7 @@ class Steps:
         )
         from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-        from stateful_sglang.runtime.draft_input import LookupVerifyInput
+        from stateful_sglang.runtime.speculation.verify_input import LookupVerifyInput
 
         torch, count = self._torch, cell.batch
         rows = torch.arange(1, count + 1)

@@ -13,21 +13,21 @@ from typing import Any
 
 def default_model() -> Path:
     """Checkpoint of the embedded model, converted if it was not yet."""
-    from stateful_sglang.model import ensure_default_model
+    from stateful_sglang.embedded.cache import ensure_default_model
 
     return ensure_default_model()
 
 
 def default_gguf() -> Path:
     """The embedded model's Q4_1 file."""
-    from stateful_sglang.model import find_gguf
+    from stateful_sglang.embedded.cache import find_gguf
 
     return find_gguf()
 
 
 def usable_cores() -> int:
     """Physical cores within this process's limits."""
-    from stateful_sglang.machine import usable_cores
+    from stateful_sglang.server.machine import usable_cores
 
     return usable_cores()
 
@@ -48,7 +48,7 @@ def tool_prompt(tools: Sequence[Mapping[str, Any]]) -> str:
 
 def tool_call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """JSON schema of one call of one of the tools, as the server constrains it."""
-    from stateful_sglang.api.sampling import tool_call_schema
+    from stateful_sglang.grammar.calls import tool_call_schema
 
     return tool_call_schema(tools)
 

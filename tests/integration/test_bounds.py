@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bench.server import Server
+from bench.harness.server import Server
 from stateful_sglang.session.bounds import REQUEST, SAMPLING
 
 pytestmark = pytest.mark.server

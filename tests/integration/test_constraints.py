@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from bench.server import Server
+from bench.harness.server import Server
 
 pytestmark = pytest.mark.server
 

@@ -19,11 +19,12 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from bench.harness.server import Server
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from schemathesis.generation import GenerationMode
+
+from bench.harness.server import Server
 
 pytestmark = pytest.mark.server
 

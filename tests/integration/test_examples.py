@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from bench.harness.server import Server
 
 pytestmark = pytest.mark.server

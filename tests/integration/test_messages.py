@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletionMessage, ChatCompletionMessageFuncti
 from openai.types.chat.chat_completion_message_function_tool_call import Function
 from transformers import PreTrainedTokenizerFast
 
-from bench.server import Server
+from bench.harness.server import Server
 from stateful_sglang.embedded import cache as model
 
 pytestmark = pytest.mark.server

@@ -13,7 +13,7 @@ import time
 import httpx
 import pytest
 
-from bench.server import Server
+from bench.harness.server import Server
 
 pytestmark = pytest.mark.server
 
