@@ -22,6 +22,10 @@ MAX_PARENTHESES = 200
 """Open at once; the compiler recurses once a level."""
 MAX_REPEAT = 10_000
 """Largest number in ``{n,m}``, ``minLength`` and their like: the compiler's state grows with it."""
+MAX_NESTED_REPEATS = 100_000
+"""Largest product of the numbers of repetitions within each other, as 1,000 in
+``((a){1,10}){1,100}``. The compiler goes through every way to count them for every token of the
+vocabulary."""
 
 _REPEAT = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
 
@@ -63,3 +67,36 @@ def check_text(text: str, what: str) -> None:
     for match in _REPEAT.finditer(text):
         if any(len(number) > 9 or int(number or 0) > MAX_REPEAT for number in match.groups("")):
             raise ConstraintError(f"the {what} repeats something more than {MAX_REPEAT} times")
+    if _nested_repeats(text) > MAX_NESTED_REPEATS:
+        raise ConstraintError(
+            f"the {what} has repetitions within each other whose numbers multiply to more than "
+            f"{MAX_NESTED_REPEATS}"
+        )
+
+
+def _nested_repeats(text: str) -> int:
+    """Largest product of the numbers of counted repetitions that lie within each other."""
+    # For each open group, the largest product inside it so far; the last one closed comes up again
+    # where a repetition follows it.
+    inside = [1]
+    closed = 1
+    at = 0
+    while at < len(text):
+        char = text[at]
+        if char == "\\":
+            at += 1
+            closed = 1
+        elif char == "(":
+            inside.append(1)
+        elif char == ")" and len(inside) > 1:
+            closed = inside.pop()
+            inside[-1] = max(inside[-1], closed)
+        elif char == "{" and (match := _REPEAT.match(text, at)):
+            low, high = match.groups("")
+            closed *= max(1, int(high or low or 1))
+            inside[-1] = max(inside[-1], closed)
+            at = match.end() - 1
+        else:
+            closed = 1
+        at += 1
+    return max(inside)

@@ -173,13 +173,13 @@ def test_a_schema_as_found_in_the_wild_is_followed(http: httpx.Client, schema: A
         )
 
 
-def test_a_compilation_without_end_is_given_up_and_the_next_one_is_done(
+def test_a_constraint_whose_compilation_would_not_end_is_refused_and_the_next_one_is_taken(
     http: httpx.Client,
 ) -> None:
     endless = "(" * 8 + "a" + "){1,1000}" * 8
     answer = ask(http, sampling={**GREEDY, "regex": endless})
     assert answer.status_code == 422, answer.text
-    assert "more than 10 s" in answer.json()["error"]["message"]
+    assert "multiply to more than" in answer.json()["error"]["message"]
     assert ask(http, sampling={**GREEDY, "regex": "yes|no"}).json()["text"] in ("yes", "no")
 
 

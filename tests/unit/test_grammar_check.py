@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_grammar_schemas import SCHEMAS, valid
 
+from stateful_sglang.grammar.bounds import check_text
 from stateful_sglang.grammar.errors import ConstraintError
 from stateful_sglang.grammar.prepare import grammar_schema
 from stateful_sglang.runtime.grammar_check import KNOWN_FORM, check
@@ -185,3 +186,22 @@ def written(compiled: xgrammar.CompiledGrammar, rng: random.Random) -> str | Non
         matcher.accept_token(token)
         text += chr(token)
     return None
+
+
+@pytest.mark.parametrize(
+    ("text", "taken"),
+    [
+        (r"([a-z]{1,63}\.){1,10}[a-z]{2,63}", True),
+        ("a{9999}b{9999}", True),
+        ("((a{1,1000}){1,1000}|b){2}", False),
+        ("(" * 8 + "a" + "){1,1000}" * 8, False),
+        ("a{1000}{1000}", False),
+        (r"\(a{1000}\){1000}", True),
+    ],
+)
+def test_repetitions_within_each_other_are_bounded_together(text: str, taken: bool) -> None:
+    if taken:
+        check_text(text, "regular expression")
+        return
+    with pytest.raises(ConstraintError, match="multiply to more than 100000"):
+        check_text(text, "regular expression")
