@@ -284,6 +284,9 @@ def _checked_request(
 ) -> AsyncIterator[Any]:
     """SGLang's generator itself where the request is good, so that a chunk costs nothing more."""
     config = manager.model_config
+    if isinstance(obj.input_ids, Mapping):
+        # What transformers 5 returns of a rendered chat; SGLang's Ollama route expects the ids.
+        obj.input_ids = obj.input_ids["input_ids"]
     try:
         check(obj, vocab_size=config.vocab_size, hidden_size=config.hidden_size)
     except RefusedError as error:

@@ -250,7 +250,9 @@ class Prober:
     """Sends extremes to one server and says what it did not survive."""
 
     def __init__(self, server: Server) -> None:
-        self.client = httpx.Client(base_url=server.url, timeout=120, trust_env=False)
+        # No connection is used twice: the server may have closed it after an error.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self.client = httpx.Client(base_url=server.url, timeout=120, trust_env=False, limits=limits)
         self.document: dict[str, Any] = self.client.get("/openapi.json").json()
         self.fields = fields_of(self.document)
         self.statuses: dict[int, int] = {}
