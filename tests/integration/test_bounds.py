@@ -46,8 +46,8 @@ SHORT = {"max_new_tokens": 2, "stop": list("aeiou ")}
 """Two tokens, and where the limit itself is tried, an end at the first vowel."""
 CHAT = [{"role": "user", "content": "Say hello."}]
 _OPENAI = {"model": "default", "max_tokens": 2, "stop": ["a", "e", "i", "o"]}
+_OLLAMA = {"num_predict": 2, "stop": ["a", "e", "i", "o"]}
 _OLLAMA_OPTIONS = ("num_predict", "temperature", "top_p", "top_k", "presence_penalty", "seed")
-_DOCUMENT = [{"type": "text", "text": "a"}]
 
 DATA: dict[str, dict[str, Any]] = {
     "/generate": {"text": "Hi", "sampling_params": SHORT},
@@ -74,8 +74,8 @@ DATA: dict[str, dict[str, Any]] = {
         "stop_sequences": ["a", "e", "i", "o"],
     },
     "/v1/messages/count_tokens": {"model": "default", "messages": CHAT},
-    "/api/chat": {"model": "default", "messages": CHAT, "stream": False, "options": {}},
-    "/api/generate": {"model": "default", "prompt": "Hi", "stream": False, "options": {}},
+    "/api/chat": {"model": "default", "messages": CHAT, "stream": False, "options": _OLLAMA},
+    "/api/generate": {"model": "default", "prompt": "Hi", "stream": False, "options": _OLLAMA},
     "/vertex_generate": {"instances": [{"text": "Hi"}], "parameters": {"sampling_params": SHORT}},
     "/v1/audio/transcriptions": {},
     "/open_session": {"capacity_of_str_len": 1000},
