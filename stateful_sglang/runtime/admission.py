@@ -7,7 +7,7 @@ answer a refusal with 400.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from stateful_sglang.session import bounds
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _DETOKENIZE = "sglang.srt.entrypoints.openai.serving_tokenize.OpenAIServingDetokenize"
+_OLLAMA = "sglang.srt.entrypoints.ollama.serving.OllamaServing"
+_OLLAMA_HANDLERS = ("handle_chat", "handle_generate")
 ATTACHMENTS = (
     Attachment(
         f"{_MANAGER}.generate_request",
@@ -35,6 +37,14 @@ ATTACHMENTS = (
         f"{_DETOKENIZE}._convert_to_internal_request",
         "hook",
         "token ids to detokenize are bounded: the only data that passes no scheduler",
+    ),
+    *(
+        Attachment(
+            f"{_OLLAMA}.{name}",
+            "hook",
+            "its own refusals, which it catches nowhere, are answered with 400",
+        )
+        for name in _OLLAMA_HANDLERS
     ),
     Attachment(
         "sglang.srt.managers.io_struct.GenerateReqInput",
@@ -118,6 +128,8 @@ def attach() -> None:
     HookRegistry.register(
         f"{_DETOKENIZE}._convert_to_internal_request", _check_detokenize, HookType.BEFORE
     )
+    for name in _OLLAMA_HANDLERS:
+        HookRegistry.register(f"{_OLLAMA}.{name}", _refusing, HookType.AROUND)
 
 
 def check(obj: Any, *, vocab_size: int, hidden_size: int) -> None:
@@ -292,6 +304,15 @@ def _checked_request(
     except RefusedError as error:
         return _refuse(error)
     return generate_request(manager, obj, request)
+
+
+async def _refusing(handle: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return await handle(*args, **kwargs)
+    except RefusedError:
+        raise
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
 
 
 async def _refuse(error: RefusedError) -> AsyncIterator[Any]:

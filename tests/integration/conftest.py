@@ -12,8 +12,9 @@ from bench.harness.server import Server, serve
 
 ARGUMENTS_ENV = "STATEFUL_SGLANG_TEST_SERVER_ARGS"
 """Arguments of the server under test, as on a command line."""
-DEFAULT_ARGUMENTS = "--dtype float32 --context-length 4096"
-"""In float32 the same prompt gives the same greedy answer, however it was cut into turns."""
+DEFAULT_ARGUMENTS = "--dtype float32 --context-length 4096 --log-level-http info"
+"""In float32 the same prompt gives the same greedy answer, however it was cut into turns. The
+access log is on, so that a test can look for secrets in it."""
 
 BEHIND_A_PROXY = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
 """As on most company machines, but with a proxy that answers nobody: all that goes there fails."""

@@ -189,7 +189,8 @@ def fields_of(document: dict[str, Any]) -> list[Field]:
         for route in ("/api/chat", "/api/generate"):
             fields[Field(route, ("options", name))] = None
     fields |= dict.fromkeys(
-        Field("/vertex_generate", ("parameters", name)) for name in sorted(REQUEST)
+        Field("/vertex_generate", ("parameters", name))
+        for name in sorted(REQUEST.keys() - {"dimensions", "embed_override_token_id"})
     )
     for name in ("session_params", "video_config", "images_config"):
         fields[Field("/generate", (name, "offset" if name == "session_params" else "n"))] = None
