@@ -144,6 +144,9 @@ def check(obj: Any, *, vocab_size: int, hidden_size: int) -> None:
     for name, bound in bounds.REQUEST.items():
         if (value := getattr(obj, name, None)) is not None:
             _require(bounds.problem_of(name, value, bound, vocab_size))
+    for name in ("input_ids", *_NESTED):
+        if isinstance(value := getattr(obj, name, None), int):
+            raise RefusedError(f"{name}: {value} is no list; expected a list of integers")
     given = obj.sampling_params
     for params in given if isinstance(given, list) else [given]:
         if params is not None:
@@ -325,7 +328,9 @@ def _check_positions(
 ) -> None:
     last = len(input_ids or ()) - 1
     for name in _POSITIONS:
-        if value := getattr(obj, name, None):
+        if (value := getattr(obj, name, None)) is not None:
+            if not _is_list(value) or any(map(_is_list, value)):
+                raise RefusedError(f"{name}: expected a list of integers for each prompt")
             _require(bounds.problem_of(name, value, bounds.Bound(0, last), 0))
     start = getattr(obj, "routed_experts_start_len", 0)
     _require(bounds.problem_of("routed_experts_start_len", start, bounds.Bound(0, last + 1), 0))

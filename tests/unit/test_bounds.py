@@ -77,6 +77,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"text": ["a", "b"], "logprob_start_len": [0, None]}, r"logprob_start_len: null"),
     ({"input_ids": [1], "sampling_params": [{}]}, r"sampling_params: a list for one prompt"),
     ({"token_indices_to_pool": [[1]]}, r"token_indices_to_pool: a list for one prompt"),
+    ({"token_indices_to_pool": 0}, r"token_indices_to_pool: 0 is no list"),
+    ({"text": None, "input_ids": 0}, r"input_ids: 0 is no list"),
     ({"session_params": {"offset": 0.5}}, r"session_params\.offset"),
     ({"session_params": {"id": ["a"]}}, r"session_params\.id"),
     ({"session_params": {"ids": "a"}}, r"session_params\.ids: no field"),
@@ -112,6 +114,10 @@ def test_what_clients_ordinarily_send_passes() -> None:
 def test_positions_lie_within_the_prompt() -> None:
     good = GenerateReqInput(input_ids=[1, 2, 3], token_indices_to_pool=[0, 2])
     admission._check_positions(None, good, None, [1, 2, 3])
+    for wrong in (1, [[1]]):
+        flat = GenerateReqInput(input_ids=[1, 2, 3], token_indices_to_pool=wrong)
+        with pytest.raises(ValueError, match="expected a list of integers for each prompt"):
+            admission._check_positions(None, flat, None, [1, 2, 3])
     bad = GenerateReqInput(input_ids=[1, 2, 3], multi_item_delimiter_indices=[3])
     with pytest.raises(ValueError, match=r"multi_item_delimiter_indices\[0\]: 3"):
         admission._check_positions(None, bad, None, [1, 2, 3])
