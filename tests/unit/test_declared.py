@@ -74,7 +74,7 @@ def test_every_import_is_declared(folder: str, extras: tuple[str, ...]) -> None:
 def test_what_the_client_needs_comes_with_the_package_alone() -> None:
     names = {normalised(Requirement(each).name) for each in PROJECT["project"]["dependencies"]}
     needed = set().union(
-        *(imports(path) for path in (ROOT / "stateful_sglang" / "frontend").rglob("*.py"))
+        *(imports(path) for path in (ROOT / "stateful_sglang" / "client").rglob("*.py"))
     )
     assert {normalised(name) for name in needed} <= names
 

@@ -17,7 +17,7 @@ from stateful_sglang.server import quiet, ready
 
 PRELUDE = """
 import logging, warnings
-from stateful_sglang import quiet
+from stateful_sglang.server import quiet
 quiet.install()
 logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)  # as SGLang does
 models = logging.getLogger("sglang.srt.models.registry")
