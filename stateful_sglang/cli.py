@@ -68,7 +68,7 @@ def doctor(
 ) -> None:
     """Check everything a server needs; exit status 1 with the remedy when something would fail."""
     from stateful_sglang import doctor as examination
-    from stateful_sglang.launch import DEFAULT_PORT
+    from stateful_sglang.server.address import DEFAULT_PORT
 
     checks = examination.examine(DEFAULT_PORT if port is None else port, cache_dir)
     findings = examination.render(checks)

@@ -92,8 +92,9 @@ class Steps:
 
     def __init__(self, arguments: list[str]) -> None:
         from stateful_sglang import launch
+        from stateful_sglang.server.parser import parse
 
-        server_args, _ = launch.configure(*launch.parse(arguments))
+        server_args, _ = launch.configure(*parse(arguments))
         import torch
         from sglang.benchmark.one_batch import load_model
         from sglang.srt.runtime_context import (

@@ -13,7 +13,7 @@ import sys
 
 def main() -> None:
     """Serve until stopped."""
-    from stateful_sglang.runtime.config import ENV
+    from stateful_sglang.runtime.options import ENV
     from stateful_sglang.server import processes  # Importing it prepares this process for SGLang.
 
     os.environ.pop(ENV, None)  # Our plugin stays idle without its settings.

@@ -114,8 +114,8 @@ def memory(cache_dir: Path | None) -> Finding:
 
 
 def port(port: int) -> Finding:
-    from stateful_sglang.launch import DEFAULT_HOST
     from stateful_sglang.server import machine
+    from stateful_sglang.server.address import DEFAULT_HOST
 
     if port == 0:
         return Finding("port", "ok", "any free one")

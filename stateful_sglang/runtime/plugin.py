@@ -9,41 +9,40 @@ from __future__ import annotations
 import logging
 import traceback
 
-from stateful_sglang.runtime.config import PluginConfig
+from stateful_sglang.runtime.options import Options
 
 logger = logging.getLogger(__name__)
 
 
 def activate() -> None:
     """Attach to SGLang as the launcher's settings say; nothing happens where we did not launch."""
-    config = PluginConfig.from_env()
-    if config is None:
-        return
     try:
-        _attach(config)
+        options = Options.from_env()
+        if options is not None:
+            _attach(options)
     except Exception as error:
         traceback.print_exc()
         raise SystemExit(f"stateful_sglang could not attach to SGLang: {error}") from error
 
 
-def _attach(config: PluginConfig) -> None:
+def _attach(options: Options) -> None:
     from stateful_sglang import cpu
     from stateful_sglang.attachments import check as attachments
 
     attachments.require_match()
-    cpu.attach(int8=config.cpu_quant == "int8")
+    cpu.attach(int8=options.cpu_quant == "int8")
     from stateful_sglang.runtime import admission
 
     admission.attach()
-    if not config.stateful:
+    if not options.stateful:
         return
     from stateful_sglang.runtime import min_tokens
     from stateful_sglang.runtime.sessions import scheduler
     from stateful_sglang.runtime.speculation import algorithm as draft_spec
     from stateful_sglang.runtime.tree import cache as tree
 
-    tree.register(config.pin_budget, config.eviction_policy)
-    if config.draft != "off":
+    tree.register(options.pin_budget, options.eviction_policy)
+    if options.draft != "off":
         draft_spec.register()
     scheduler.attach()
     min_tokens.attach()

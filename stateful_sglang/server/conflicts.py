@@ -8,8 +8,12 @@ spellings, abbreviations and a ``--config`` file count alike.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+from stateful_sglang.runtime.options import Options
+from stateful_sglang.server.errors import LaunchError
 
 
 class Conflict(NamedTuple):
@@ -140,3 +144,43 @@ def first(conflicts: tuple[Conflict, ...], values: Mapping[str, Any]) -> Conflic
     return next(
         (row for row in conflicts if row.name in values and row.excludes(values[row.name])), None
     )
+
+
+def check(given: Mapping[str, Any], options: Options) -> None:
+    """Refuse arguments that ask for another kind of server, or contradict sessions.
+
+    Raises:
+        LaunchError: Names the argument and the reason.
+    """
+    other = first(OTHER_SERVERS, given)
+    if other is not None:
+        raise LaunchError(
+            f"{flag(other.name)} is for another kind of server: {other.reason}, and this launcher "
+            "SGLang's Python HTTP server. Use python -m sglang.launch_server for it"
+        )
+    if plugin_left_out(os.environ):
+        raise LaunchError(
+            f"SGLANG_PLUGINS={os.environ['SGLANG_PLUGINS']} leaves out our plugin, without which "
+            "this would be another server. Add stateful_sglang to it, or unset it"
+        )
+    if not options.stateful:
+        return
+    variable = first(VARIABLES, os.environ)
+    if variable is not None:
+        raise LaunchError(
+            f"{variable.name}={os.environ[variable.name]} cannot be combined with sessions: "
+            f"{variable.reason}. Unset it, or add --stateful off"
+        )
+    conflict = first(ARGUMENTS, given)
+    if conflict is not None:
+        value = given[conflict.name]
+        shown = flag(conflict.name) + ("" if value is True else f" {value}")
+        raise LaunchError(
+            f"{shown} cannot be combined with sessions: {conflict.reason}. Leave it out, or add "
+            "--stateful off"
+        )
+
+
+def flag(name: str) -> str:
+    """How an argument that SGLang stores as ``name`` is written."""
+    return "--" + name.replace("_", "-")

@@ -9,15 +9,16 @@ from __future__ import annotations
 import argparse
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from stateful_sglang import SGLANG_VERSION
-from stateful_sglang.runtime.config import PluginConfig
-from stateful_sglang.server import arguments
-from stateful_sglang.server.arguments import LaunchError
+from stateful_sglang.runtime.options import Options
+from stateful_sglang.server import address, arguments, conflicts, model
+from stateful_sglang.server.errors import LaunchError
+from stateful_sglang.server.parser import Parser
 
 
-def check(config: PluginConfig, theirs: list[str]) -> dict[str, Any]:
+def check(options: Options, theirs: list[str]) -> dict[str, Any]:
     """Refuse what needs no import to be refused; the arguments that were looked at.
 
     Raises:
@@ -25,11 +26,11 @@ def check(config: PluginConfig, theirs: list[str]) -> dict[str, Any]:
     """
     require_sglang()
     given = written_out(theirs)
-    arguments.check_modes(given, config)
+    conflicts.check(given, options)
     if given.get("node_rank", 0) == 0:
-        arguments.check_port(given, {})
+        address.check(given)
     if "model_path" in given:
-        arguments.check_model(given["model_path"], given.get("load_format", "auto"))
+        model.check(given["model_path"], given.get("load_format", "auto"))
     return given
 
 
@@ -59,7 +60,12 @@ def written_out(theirs: list[str]) -> dict[str, Any]:
     Raises:
         LaunchError: A port is no number.
     """
-    parser = _Parser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(
+        see="See python -m sglang.launch_server --help",
+        allow_abbrev=False,
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
+    )
     parser.add_argument("--config")
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
@@ -97,8 +103,3 @@ def _words_of(file: Path) -> list[str]:
         elif isinstance(value, str | int) and value is not False:
             words += [flag, str(value)]
     return words
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise LaunchError(f"{message}. See python -m sglang.launch_server --help")

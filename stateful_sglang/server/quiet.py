@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from stateful_sglang.runtime.config import PluginConfig
+from stateful_sglang.runtime.options import Options
 
 LEVEL = "warning"
 """SGLang's log level in such a server."""
@@ -112,7 +112,7 @@ def wanted(given: Mapping[str, Any]) -> bool:
 
 def install() -> None:
     """Make this process quiet, if it is one of a server whose user chose no log level."""
-    config = PluginConfig.from_env()
+    config = Options.from_env()
     if config is None or not config.quiet:
         return
     # SGLang replaces the root logger's handlers in every process; filters of a logger stay.

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from stateful_sglang import loopback
-from stateful_sglang.runtime.config import PluginConfig
+from stateful_sglang.runtime.options import Options
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ _ANSWER_TIMEOUT_S = 60.0
 _ANSWER_POLL_S = 0.05
 
 
-def announce(server_args: Any, config: PluginConfig) -> None:
+def announce(server_args: Any, options: Options) -> None:
     """Say that the server answers. SGLang calls this once its own warm-up is through."""
     url = server_args.url()
     if not _answers(url):
@@ -25,11 +25,11 @@ def announce(server_args: Any, config: PluginConfig) -> None:
     told = text(
         url,
         seconds=time.time() - _process_start(),
-        stateful=config.stateful,
+        stateful=options.stateful,
         key=bool(server_args.api_key),
         past_proxy=loopback.has_proxy(os.environ),
     )
-    if config.quiet:
+    if options.quiet:
         print(told, file=sys.stderr, flush=True)
     else:
         logger.info("%s", told)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from stateful_sglang.cpu.platform import prepare
-from stateful_sglang.runtime.config import PluginConfig
+from stateful_sglang.runtime.options import Options
 from stateful_sglang.server import arguments, conflicts
-from stateful_sglang.server.arguments import LaunchError
+from stateful_sglang.server.errors import LaunchError
 
-SESSIONS = PluginConfig(stateful=True, draft="off")
+SESSIONS = Options(stateful=True, draft="off")
 REVIEWED = Path(__file__).with_name("reviewed_arguments.txt")
 NOT_YET = {"attn_dp_size"}
 """Arguments of a later SGLang than the one that is installed."""
@@ -45,8 +45,8 @@ def _sglang_imports() -> None:
 def test_an_argument_that_excludes_sessions_is_refused(written: list[str]) -> None:
     given, _ = arguments.given_arguments(written)
     with pytest.raises(LaunchError, match=r"cannot be combined with sessions: .*--stateful off"):
-        arguments.check_modes(given, SESSIONS)
-    arguments.check_modes(given, PluginConfig(stateful=False))
+        conflicts.check(given, SESSIONS)
+    conflicts.check(given, Options(stateful=False))
 
 
 @pytest.mark.parametrize("spelling", [["--config", "{}"], ["--config={}"]])
@@ -55,7 +55,7 @@ def test_it_is_refused_in_a_configuration_file_too(tmp_path: Path, spelling: lis
     file.write_text("pipeline-parallel-size: 2\n")
     given, _ = arguments.given_arguments([word.format(file) for word in spelling])
     with pytest.raises(LaunchError, match="--pp-size 2 cannot"):
-        arguments.check_modes(given, SESSIONS)
+        conflicts.check(given, SESSIONS)
 
 
 def test_a_shortened_config_is_refused_since_sglang_would_not_read_the_file(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_shortened_config_is_refused_since_sglang_would_not_read_the_file(tmp_
 )
 def test_everything_else_is_sglangs_business(written: list[str]) -> None:
     given, _ = arguments.given_arguments(written)
-    arguments.check_modes(given, SESSIONS)
+    conflicts.check(given, SESSIONS)
 
 
 @pytest.mark.parametrize(
@@ -93,11 +93,11 @@ def test_a_variable_that_excludes_sessions_is_refused(
     name: str, refused: str, taken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, taken)
-    arguments.check_modes({}, SESSIONS)
+    conflicts.check({}, SESSIONS)
     monkeypatch.setenv(name, refused)
     with pytest.raises(LaunchError, match=f"{name}={refused} cannot be combined"):
-        arguments.check_modes({}, SESSIONS)
-    arguments.check_modes({}, PluginConfig(stateful=False))
+        conflicts.check({}, SESSIONS)
+    conflicts.check({}, Options(stateful=False))
 
 
 @pytest.mark.parametrize("stateful", [True, False])
@@ -105,10 +105,10 @@ def test_a_list_of_plugins_without_ours_is_refused(
     stateful: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SGLANG_PLUGINS", "another, stateful_sglang")
-    arguments.check_modes({}, PluginConfig(stateful=stateful))
+    conflicts.check({}, Options(stateful=stateful))
     monkeypatch.setenv("SGLANG_PLUGINS", "another")
     with pytest.raises(LaunchError, match="leaves out our plugin"):
-        arguments.check_modes({}, PluginConfig(stateful=stateful))
+        conflicts.check({}, Options(stateful=stateful))
 
 
 def _known() -> dict[str, set[str]]:

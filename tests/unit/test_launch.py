@@ -13,9 +13,10 @@ import pytest
 
 from stateful_sglang import launch
 from stateful_sglang.cpu.platform import prepare
-from stateful_sglang.runtime.config import PluginConfig
-from stateful_sglang.server import arguments, preflight
-from stateful_sglang.server.arguments import LaunchError
+from stateful_sglang.runtime.options import Options
+from stateful_sglang.server import address, arguments, conflicts, model, preflight, suit
+from stateful_sglang.server.errors import LaunchError
+from stateful_sglang.server.parser import parse
 
 
 @pytest.fixture
@@ -40,24 +41,24 @@ def model_dir(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("budget", ["-0.1", "1.5", "nan"])
 def test_a_pin_budget_out_of_range_names_the_range(budget: str) -> None:
     with pytest.raises(LaunchError, match="between 0 and 1"):
-        launch.parse(["--pin-budget", budget])
+        parse(["--pin-budget", budget])
 
 
 def test_no_drafts_at_all_is_another_flag() -> None:
     with pytest.raises(LaunchError, match="--draft off"):
-        launch.parse(["--max-draft", "0"])
+        parse(["--max-draft", "0"])
 
 
 def test_another_quantisation_names_the_known_ones() -> None:
     with pytest.raises(LaunchError, match="int8"):
-        launch.parse(["--cpu-quant", "int4"])
+        parse(["--cpu-quant", "int4"])
 
 
 def test_content_is_text_unless_told_otherwise() -> None:
-    assert launch.parse([])[0].content_tokens == PluginConfig().content_tokens == "text"
-    assert launch.parse(["--content-tokens", "special"])[0].content_tokens == "special"
+    assert parse([])[0].content_tokens == Options().content_tokens == "text"
+    assert parse(["--content-tokens", "special"])[0].content_tokens == "special"
     with pytest.raises(LaunchError, match="--content-tokens"):
-        launch.parse(["--content-tokens", "yes"])
+        parse(["--content-tokens", "yes"])
 
 
 def test_int8_without_kernels_says_why_there_are_none(
@@ -66,17 +67,17 @@ def test_int8_without_kernels_says_why_there_are_none(
     monkeypatch.setenv("STATEFUL_SGLANG_CPU_ISA", "off")
     (model_dir / "model.safetensors").write_bytes(b"x" * 1000)
     with pytest.raises(LaunchError, match=r"needs the compiled kernels.*STATEFUL_SGLANG_CPU_ISA"):
-        arguments.suit_cpu({"model_path": str(model_dir)}, {}, int8=True)
+        suit.for_cpu({"model_path": str(model_dir)}, {}, int8=True)
 
 
 def test_a_value_that_is_no_number_is_refused() -> None:
     with pytest.raises(LaunchError, match="--pin-budget"):
-        launch.parse(["--pin-budget", "half"])
+        parse(["--pin-budget", "half"])
 
 
 def test_other_arguments_are_sglangs_in_their_order() -> None:
-    ours, theirs = launch.parse(["--port", "1", "--stateful", "off", "--tp", "2", "--log-level=x"])
-    assert ours.stateful == "off"
+    ours, theirs = parse(["--port", "1", "--stateful", "off", "--tp", "2", "--log-level=x"])
+    assert ours.stateful is False
     assert theirs == ["--port", "1", "--tp", "2", "--log-level=x"]
 
 
@@ -107,73 +108,71 @@ def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(LaunchError, match=f"cannot listen on 127.0.0.1:{port}.*--port"):
-            arguments.check_port({"port": port}, {})
+            address.check({"port": port})
 
 
 def test_a_free_port_is_bound_to_this_machine_only_unless_told_otherwise() -> None:
-    added: dict[str, arguments.Setting] = {}
-    arguments.check_port({"port": 0}, added)
-    assert added == {"host": "127.0.0.1"}
-    added.clear()
-    arguments.check_port({"port": 0, "host": "0.0.0.0"}, added)
-    assert added == {}
+    address.check({"port": 0})
+    assert address.default({"port": 0}) == {"host": "127.0.0.1"}
+    address.check({"port": 0, "host": "0.0.0.0"})
+    assert address.default({"port": 0, "host": "0.0.0.0"}) == {}
 
 
 def test_a_port_that_is_none_is_refused() -> None:
     with pytest.raises(LaunchError, match=r"127\.0\.0\.1:70000"):
-        arguments.check_port({"port": 70000}, {})
+        address.check({"port": 70000})
 
 
 @pytest.mark.parametrize("given", [{"disable_radix_cache": True}, {"radix_cache_backend": "other"}])
 def test_what_contradicts_sessions_is_refused(given: dict[str, object]) -> None:
     with pytest.raises(LaunchError, match="--stateful off"):
-        arguments.check_modes(given, PluginConfig(stateful=True))
-    arguments.check_modes(given, PluginConfig(stateful=False))
+        conflicts.check(given, Options(stateful=True))
+    conflicts.check(given, Options(stateful=False))
 
 
 def test_the_other_encoding_between_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_USE_PICKLE_IPC", "0")
     with pytest.raises(LaunchError, match="SGLANG_USE_PICKLE_IPC=0 cannot be combined"):
-        arguments.check_modes({}, PluginConfig(stateful=True))
-    arguments.check_modes({}, PluginConfig(stateful=False))
+        conflicts.check({}, Options(stateful=True))
+    conflicts.check({}, Options(stateful=False))
 
 
 def test_what_only_repeats_a_default_is_no_contradiction() -> None:
     given = {"tokenizer_worker_num": 1, "dp_size": 1, "disable_radix_cache": False}
-    arguments.check_modes(given, PluginConfig(stateful=True))
+    conflicts.check(given, Options(stateful=True))
 
 
 def test_another_kind_of_server_is_refused() -> None:
     with pytest.raises(LaunchError, match="--use-ray"):
-        arguments.check_modes({"use_ray": True}, PluginConfig())
+        conflicts.check({"use_ray": True}, Options())
 
 
 def test_a_model_path_that_does_not_exist_is_named() -> None:
     with pytest.raises(LaunchError, match="--model-path /nowhere/model does not exist"):
-        arguments.check_model("/nowhere/model", "auto")
+        model.check("/nowhere/model", "auto")
 
 
 @pytest.mark.parametrize("path", ["org/model", "s3://bucket/model"])
 def test_a_model_that_is_not_local_is_left_to_sglang(path: str) -> None:
-    arguments.check_model(path, "auto")
+    model.check(path, "auto")
 
 
 def test_a_model_without_weights_is_refused_unless_they_are_to_be_made_up(model_dir: Path) -> None:
     with pytest.raises(LaunchError, match="holds no weights"):
-        arguments.check_model(str(model_dir), "auto")
-    arguments.check_model(str(model_dir), "dummy")
+        model.check(str(model_dir), "auto")
+    model.check(str(model_dir), "dummy")
     (model_dir / "model.safetensors").write_bytes(b"x")
-    arguments.check_model(str(model_dir), "auto")
+    model.check(str(model_dir), "auto")
 
 
 def test_a_model_without_a_configuration_is_named(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match=r"no .*config\.json"):
-        arguments.model_config(str(tmp_path))
+        model.configuration(str(tmp_path))
 
 
 def test_too_little_memory_says_how_much_is_needed(model_dir: Path) -> None:
     with pytest.raises(LaunchError, match=r"too little memory.*GiB are free"):
-        arguments.suit_cpu({"model_path": str(model_dir), "max_total_tokens": 10**12}, {})
+        suit.for_cpu({"model_path": str(model_dir), "max_total_tokens": 10**12}, {})
 
 
 def test_cpu_settings_leave_alone_what_was_given(
@@ -181,8 +180,8 @@ def test_cpu_settings_leave_alone_what_was_given(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("SGLANG_EAGER_INPUT_NO_COPY", "0")
-    added: dict[str, arguments.Setting] = {}
-    report = arguments.suit_cpu({"model_path": str(model_dir), "context_length": 2000}, added)
+    added: dict[str, suit.Setting] = {}
+    report = suit.for_cpu({"model_path": str(model_dir), "context_length": 2000}, added)
     assert "context_length" not in added
     assert added["attention_backend"] == "torch_native"
     assert added["disable_overlap_schedule"] is True
@@ -191,8 +190,8 @@ def test_cpu_settings_leave_alone_what_was_given(
 
 
 def test_sessions_bring_their_tree_and_their_drafts() -> None:
-    added: dict[str, arguments.Setting] = {}
-    arguments.suit_sessions(PluginConfig(stateful=True, max_draft=6), {}, added)
+    added: dict[str, suit.Setting] = {}
+    suit.for_sessions(Options(stateful=True, max_draft=6), {}, added)
     assert added["radix_cache_backend"] == "cardinal"
     assert added["speculative_algorithm"] == "PROMPT_LOOKUP"
     assert added["speculative_num_draft_tokens"] == 7
@@ -201,15 +200,15 @@ def test_sessions_bring_their_tree_and_their_drafts() -> None:
 @pytest.mark.parametrize(
     ("config", "given"),
     [
-        (PluginConfig(stateful=True, draft="off"), {}),
-        (PluginConfig(stateful=True), {"speculative_algorithm": "EAGLE"}),
+        (Options(stateful=True, draft="off"), {}),
+        (Options(stateful=True), {"speculative_algorithm": "EAGLE"}),
     ],
 )
 def test_no_lookup_drafts_where_they_are_off_or_another_drafter_was_asked_for(
-    config: PluginConfig, given: dict[str, object]
+    config: Options, given: dict[str, object]
 ) -> None:
-    added: dict[str, arguments.Setting] = {}
-    arguments.suit_sessions(config, given, added)
+    added: dict[str, suit.Setting] = {}
+    suit.for_sessions(config, given, added)
     assert "speculative_algorithm" not in added
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stateful_sglang.runtime.config import ENV, PluginConfig
+from stateful_sglang.runtime.options import ENV, Options
 from stateful_sglang.server import quiet, ready
 
 PRELUDE = """
@@ -24,7 +24,7 @@ models = logging.getLogger("sglang.srt.models.registry")
 """
 
 
-def said(code: str, *, config: PluginConfig | None) -> str:
+def said(code: str, *, config: Options | None) -> str:
     """What a process of a server with this configuration writes to its standard error."""
     env = {name: value for name, value in os.environ.items() if name != ENV}
     if config is not None:
@@ -48,15 +48,15 @@ NOISE = """
 models.warning("Ignore import error when loading sglang.srt.models.x: No module named 'vllm'")
 warnings.warn("Only CUDA, HIP and XPU support AWQ currently.")
 """
-QUIET = PluginConfig(stateful=True, quiet=True)
+QUIET = Options(stateful=True, quiet=True)
 
 
 def test_what_every_start_repeats_is_left_out() -> None:
     assert said(NOISE, config=QUIET) == ""
 
 
-@pytest.mark.parametrize("config", [PluginConfig(stateful=True), None])
-def test_who_chose_a_log_level_sees_all_of_it(config: PluginConfig | None) -> None:
+@pytest.mark.parametrize("config", [Options(stateful=True), None])
+def test_who_chose_a_log_level_sees_all_of_it(config: Options | None) -> None:
     written = said(NOISE, config=config)
     assert "Ignore import error" in written
     assert "AWQ" in written

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from stateful_sglang import launch
 from stateful_sglang.cpu import families
 from stateful_sglang.cpu.families.base import Family
 from stateful_sglang.draft import sources
@@ -20,7 +19,8 @@ from stateful_sglang.draft.sources.base import DraftSource
 from stateful_sglang.prefix import policies
 from stateful_sglang.prefix.policies.base import EvictionPolicy
 from stateful_sglang.registry import Entry, Registry
-from stateful_sglang.server.arguments import LaunchError
+from stateful_sglang.server.errors import LaunchError
+from stateful_sglang.server.parser import parse
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,10 +87,10 @@ def test_the_docs_list_what_there_is(kind: str) -> None:
 )
 def test_the_command_line_takes_what_is_registered(option: str, names: tuple[str, ...]) -> None:
     for name in names:
-        ours, _ = launch.parse([option, name])
+        ours, _ = parse([option, name])
         assert getattr(ours, option[2:].replace("-", "_")) == name
     with pytest.raises(LaunchError, match=f"{option}: invalid choice: 'nothing'") as refusal:
-        launch.parse([option, "nothing"])
+        parse([option, "nothing"])
     offered = str(refusal.value).split("choose from ")[1].split(")")[0]
     assert re.findall(r"[a-z0-9-]+", offered) == list(names)
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 ROOMS = (
     "registry",
+    "loopback",
     "attachments",
     "session",
     "grammar",
@@ -33,6 +34,7 @@ ROOMS = (
     "client",
     "embedded",
     "cpu",
+    "torch_backend",
     "runtime",
     "server",
     "doctor",
@@ -44,6 +46,7 @@ ROOMS = (
 HEAVY = frozenset({"sglang", "torch"})
 MAY_IMPORT_HEAVY = {
     "cpu": "the CPU engine is written for both",
+    "torch_backend.py": "what torch calls at the end of its import",
     "runtime": "the binding",
     "server": "SGLang's arguments and its HTTP server",
     "doctor": "looks at torch's devices",

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from stateful_sglang.cpu.platform import prepare
-from stateful_sglang.server import arguments, suitability
 from stateful_sglang.server import cpu_settings as device
-from stateful_sglang.server.arguments import LaunchError
+from stateful_sglang.server import suit, suitability
+from stateful_sglang.server.errors import LaunchError
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 FALCON_MAMBA: dict[str, Any] = {
@@ -52,7 +52,7 @@ def refusal(config: dict[str, Any], *, sessions: bool = True) -> str:
 def test_a_state_space_model_lacks_kernels_not_a_field(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(FALCON_MAMBA))
     with pytest.raises(LaunchError) as caught:
-        arguments.suit_cpu({"model_path": str(tmp_path)}, {}, sessions=True)
+        suit.for_cpu({"model_path": str(tmp_path)}, {}, sessions=True)
     message = str(caught.value)
     assert "FalconMambaForCausalLM has layers with a running state (state_size 16)" in message
     assert "which SGLang has for GPUs" in message
@@ -121,4 +121,4 @@ def test_the_language_model_is_found_in_a_model_of_several_parts(name: str) -> N
 def test_a_field_that_no_type_has_a_default_for_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "somebodys"}))
     with pytest.raises(LaunchError, match=r"no num_hidden_layers.*\(somebodys\)"):
-        arguments.suit_cpu({"model_path": str(tmp_path)}, {})
+        suit.for_cpu({"model_path": str(tmp_path)}, {})

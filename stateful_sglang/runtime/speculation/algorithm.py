@@ -12,10 +12,10 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from stateful_sglang.attachments.check import Attachment
 from stateful_sglang.cpu import platform
-from stateful_sglang.runtime.config import PluginConfig
+from stateful_sglang.runtime.options import Options
 from stateful_sglang.runtime.speculation import verify_input as draft_input
 
-NAME = "PROMPT_LOOKUP"
+NAME = draft_input.ALGORITHM
 
 _EXTRA_LEN = "sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len"
 _TRIAL = "sglang.srt.speculative.spec_info.create_dummy_verify_input"
@@ -75,7 +75,7 @@ class PromptLookup(CustomSpecAlgo):
 
         A lookup reads the tokens of the step before, so the host waits for them: no overlap.
         """
-        config = PluginConfig.from_env() or PluginConfig()
+        config = Options.from_env() or Options()
         if server_args.speculative_num_draft_tokens is None:
             server_args.speculative_num_draft_tokens = config.max_draft + 1
         server_args.speculative_num_steps = server_args.speculative_num_draft_tokens - 1

@@ -10,6 +10,9 @@ from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
 
 from stateful_sglang.attachments.check import Attachment
 
+ALGORITHM = "PROMPT_LOOKUP"
+"""Name by which SGLang knows the algorithm that these inputs belong to."""
+
 ATTACHMENTS = (
     Attachment(
         "sglang.srt.speculative.spec_info.SpecInput",
@@ -116,8 +119,6 @@ def for_capture(result: Any, runner: Any, _num_tokens: int) -> Any:
 
 
 def _ours(result: Any, spec_algorithm: Any, width: int) -> Any:
-    from stateful_sglang.runtime.speculation.algorithm import PromptLookup
-
-    if result is None and isinstance(spec_algorithm, PromptLookup):
+    if result is None and spec_algorithm.name == ALGORITHM:
         return LookupVerifyInput([], None, width)
     return result

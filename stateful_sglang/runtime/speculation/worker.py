@@ -25,7 +25,7 @@ from stateful_sglang.attachments.check import Attachment
 from stateful_sglang.draft import sources
 from stateful_sglang.draft.cost import CPU_COST, FULL_WIDTH_COST
 from stateful_sglang.draft.indexes import DraftIndexes
-from stateful_sglang.runtime.config import PluginConfig
+from stateful_sglang.runtime.options import Options
 from stateful_sglang.runtime.speculation import eligibility as draft_eligibility
 from stateful_sglang.runtime.speculation import grammar as draft_grammar
 from stateful_sglang.runtime.speculation import verify
@@ -92,7 +92,7 @@ class PromptLookupWorker(BaseSpecWorker):
         self.device = get_device().device
         self._width = get_spec().speculative_num_draft_tokens
         self._one_width = self.device != "cpu"
-        config = PluginConfig.from_env() or PluginConfig()
+        config = Options.from_env() or Options()
         self.indexes = DraftIndexes(
             sources.chosen(config.draft),
             max_draft=self._width - 1,

@@ -1,0 +1,242 @@
+"""Our options, each declared once: parser, help, checks, settings of processes and docs follow.
+
+SGLang spawns its processes and parses its own arguments only, so ours travel in one environment
+variable as JSON: made by the launcher, read in every server process.
+
+A new option is one field of `Options` here, and its row in ``docs/options.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from stateful_sglang.draft import sources
+from stateful_sglang.prefix import policies
+
+ENV = "STATEFUL_SGLANG_CONFIG"
+
+ContentTokens = Literal["text", "special"]
+
+
+class OptionError(ValueError):
+    """A value that an option does not take; the message says which, and what it takes."""
+
+
+class Bounds(NamedTuple):
+    """Numbers that an option takes."""
+
+    low: float
+    high: float
+    """Included."""
+    expected: str
+    """End of the error's sentence: what was expected, and what to do."""
+
+
+class Option(NamedTuple):
+    """What is declared of one option beside its name and its default."""
+
+    help: str | Callable[[], str]
+    """Without the default; a function where it lists what a registry holds."""
+    metavar: str | None = None
+    choices: Callable[[], Sequence[str]] | None = None
+    """A function, so that a registry is asked when it is needed."""
+    bounds: Bounds | None = None
+    kind: type | None = None
+    """Of its values, where the default is None; else the default's."""
+    default_note: str = ""
+    """What a default stands for, where its name does not tell."""
+    settable: bool = True
+    """Can be given on the command line; else the launcher finds out."""
+    travels: bool = True
+    """Processes of the server need it as well."""
+
+
+def _about(help: str | Callable[[], str], **more: Any) -> dict[str, Option]:
+    return {"option": Option(help, **more)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was chosen for one server.
+
+    Raises:
+        OptionError: From the constructor, for a value that its option does not take.
+    """
+
+    stateful: bool = field(
+        default=True,
+        metadata=_about("off: plain SGLang, with the same CPU support"),
+    )
+    pin_budget: float = field(
+        default=0.5,
+        metadata=_about(
+            "largest share of the KV pool, 0 to 1, that sessions pin",
+            metavar="SHARE",
+            bounds=Bounds(
+                0, 1, "it is a share of the KV pool between 0 and 1, for example --pin-budget 0.5"
+            ),
+        ),
+    )
+    eviction_policy: str = field(
+        default=policies.DEFAULT,
+        metadata=_about(
+            lambda: f"what leaves the KV pool first. {policies.POLICIES.summaries()}",
+            choices=lambda: tuple(policies.POLICIES),
+        ),
+    )
+    draft: str = field(
+        default=sources.AUTO,
+        metadata=_about(
+            lambda: f"where drafts come from. {sources.SOURCES.summaries()}; off: no drafts",
+            choices=lambda: sources.CHOICES,
+            default_note=f", which is {sources.DEFAULT}",
+        ),
+    )
+    max_draft: int = field(
+        default=8,
+        metadata=_about(
+            "most tokens drafted for a request in one step",
+            metavar="TOKENS",
+            bounds=Bounds(1, 64, "expected 1 to 64 tokens. To draft nothing, use --draft off"),
+        ),
+    )
+    content_tokens: ContentTokens = field(
+        default="text",
+        metadata=_about(
+            "what a special token that is spelled in a message or a tool's result becomes: text, "
+            "or that token, so that whoever wrote it can open and close turns",
+            choices=lambda: get_args(ContentTokens),
+        ),
+    )
+    cpu_quant: str = field(
+        default="off",
+        metadata=_about(
+            "without a GPU: round weights to int8, half the memory to read and no longer exact",
+            choices=lambda: ("off", "int8"),
+        ),
+    )
+    cache_dir: Path | None = field(
+        default=None,
+        metadata=_about(
+            "where converted models and compiled kernels are kept",
+            metavar="DIR",
+            kind=Path,
+            travels=False,  # as the cache's own variable, which other commands read too
+        ),
+    )
+    quiet: bool = field(
+        default=False,
+        metadata=_about(
+            "the user chose no log level: leave out what every start repeats",
+            settable=False,
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for each in declared():
+            problem = each.problem(getattr(self, each.name))
+            if problem is not None:
+                raise OptionError(problem)
+
+    def to_env(self) -> None:
+        """Publish these settings to this process and to those it will spawn."""
+        values = {each.name: getattr(self, each.name) for each in declared() if each.option.travels}
+        os.environ[ENV] = json.dumps(values)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Options | None:
+        """Settings of this server, or None where our launcher did not start it.
+
+        Raises:
+            OptionError: The variable holds what no launcher of this release writes.
+        """
+        raw = environ.get(ENV)
+        if not raw:
+            return None
+        try:
+            values = json.loads(raw)
+        except ValueError:
+            values = None
+        known = {each.name for each in declared() if each.option.travels}
+        if not isinstance(values, dict) or not known >= values.keys():
+            raise OptionError(
+                f"{ENV} is {raw!r}; expected a JSON object of {', '.join(sorted(known))}, as our "
+                "launcher writes it. Unset it, and start with stateful-sglang serve"
+            )
+        try:
+            return cls(**values)
+        except OptionError as error:
+            raise OptionError(f"{ENV}: {error}") from error
+
+
+class Declared(NamedTuple):
+    """One option with all that follows from its field."""
+
+    name: str
+    default: Any
+    kind: type
+    """Of its values: bool, int, float, str or Path."""
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        """How it is written on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def help(self) -> str:
+        """Its help text, without the default."""
+        text = self.option.help
+        return text if isinstance(text, str) else text()
+
+    @property
+    def choices(self) -> tuple[str, ...] | None:
+        """The words it takes on the command line; None where it takes more than a few."""
+        if self.kind is bool:
+            return ("on", "off")
+        return None if self.option.choices is None else tuple(self.option.choices())
+
+    @property
+    def shown_default(self) -> str:
+        """The default as a person would write it; empty where there is none."""
+        if self.default is None:
+            return ""
+        if self.kind is bool:
+            return "on" if self.default else "off"
+        return f"{self.default}{self.option.default_note}"
+
+    def problem(self, value: Any) -> str | None:
+        """Why the option does not take this value; None where it does."""
+        if value is None and self.default is None:
+            return None
+        accepted: Any = (int, float) if self.kind is float else self.kind
+        if not isinstance(value, accepted) or (type(value) is bool) != (self.kind is bool):
+            return f"{self.flag} is {value!r}; expected a value of type {self.kind.__name__}"
+        bounds = self.option.bounds
+        if bounds is not None and not bounds.low <= value <= bounds.high:
+            return f"{self.flag} is {value}; {bounds.expected}"
+        if self.option.choices is not None and value not in self.option.choices():
+            known = ", ".join(self.option.choices())
+            return f"{self.flag} is {value!r}; expected one of {known}"
+        return None
+
+
+def declared() -> tuple[Declared, ...]:
+    """Every option, in the order in which help and docs list them."""
+    return _DECLARED
+
+
+_DECLARED = tuple(
+    Declared(
+        each.name,
+        each.default,
+        each.metadata["option"].kind or type(each.default),
+        each.metadata["option"],
+    )
+    for each in fields(Options)
+)
