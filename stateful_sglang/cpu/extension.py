@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from stateful_sglang.embedded.cache import cache_root
+from stateful_sglang import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def library_path(compiler: str | None) -> Path:
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     digest.update(repr((units(), _COMMON, str(_torch_openmp()))).encode())
     digest.update(_version(compiler).encode() if compiler else b"none")
-    return cache_root() / "ext" / digest.hexdigest()[:16] / "kernels.so"
+    return cache_folder.root() / "ext" / digest.hexdigest()[:16] / "kernels.so"
 
 
 def _say(message: str) -> None:

@@ -26,7 +26,7 @@ def examine(port: int, cache_dir: Path | None = None) -> Iterator[Finding]:
         ("sglang", software.sglang),
         ("port", lambda: hardware.port(port)),
         ("model", lambda: hardware.model(cache_dir)),
-        ("cache folder", lambda: hardware.cache_folder(cache_dir)),
+        ("cache folder", lambda: hardware.writable_cache(cache_dir)),
         ("memory", lambda: hardware.memory(cache_dir)),
         ("packages", software.packages),
         ("torch", software.torch),

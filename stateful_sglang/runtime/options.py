@@ -13,14 +13,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from stateful_sglang.draft import sources
 from stateful_sglang.prefix import policies
+from stateful_sglang.rendering.content import ContentTokens
 
 ENV = "STATEFUL_SGLANG_CONFIG"
-
-ContentTokens = Literal["text", "special"]
 
 
 class OptionError(ValueError):

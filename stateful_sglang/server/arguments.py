@@ -13,8 +13,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from stateful_sglang import loopback
-from stateful_sglang.embedded.cache import CACHE_ENV
+from stateful_sglang import cache_folder, loopback
 from stateful_sglang.runtime.options import Options
 from stateful_sglang.server import address, conflicts, model, quiet, suit
 from stateful_sglang.server.errors import LaunchError
@@ -33,7 +32,7 @@ def settle(options: Options, theirs: list[str]) -> tuple[Any, Options]:
     from stateful_sglang.cpu import platform
 
     if options.cache_dir is not None:
-        os.environ[CACHE_ENV] = str(options.cache_dir.expanduser().absolute())
+        os.environ[cache_folder.ENV] = str(options.cache_dir.expanduser().absolute())
     options.to_env()
     quiet.install()
     prepared = platform.prepare()

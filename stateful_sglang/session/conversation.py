@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from stateful_sglang.rendering.templates import PROBE_CALL
-from stateful_sglang.session.messages import Head, Message
+from stateful_sglang.session.messages import PROBE_CALL, Head, Message
 from stateful_sglang.session.shared import Shared
 
 Shape = tuple[tuple[str, ...], ...]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from stateful_sglang import doctor
+from stateful_sglang import cache_folder, doctor
 from stateful_sglang.attachments import check as attachments
 from stateful_sglang.cpu import extension
 from stateful_sglang.doctor import Finding, examine, hardware, healthy, render, software
@@ -25,7 +25,7 @@ from stateful_sglang.server.machine import Machine
 @pytest.fixture(autouse=True)
 def _sound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A converted model and attachments that hold, so that each test breaks one thing."""
-    monkeypatch.setenv(model.CACHE_ENV, str(tmp_path / "cache"))
+    monkeypatch.setenv(cache_folder.ENV, str(tmp_path / "cache"))
     monkeypatch.setattr(attachments, "check", lambda: [status("a.b", "1", "1")])
 
     def write(gguf: Path, out: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_changed_attachment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_that_is_not_converted_yet_is_only_noted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(model.CACHE_ENV, str(tmp_path / "other"))
+    monkeypatch.setenv(cache_folder.ENV, str(tmp_path / "other"))
     found = finding("model")
     assert found.verdict == "note"
     assert "model ensure" in found.remedy
@@ -136,7 +136,7 @@ def test_a_model_that_is_not_converted_yet_is_only_noted(
 
 
 def test_no_model_and_no_package_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(model.CACHE_ENV, str(tmp_path / "other"))
+    monkeypatch.setenv(cache_folder.ENV, str(tmp_path / "other"))
     monkeypatch.setattr(model, "PACKAGE", "no-such-package-of-ours")
     found = finding("model")
     assert found.verdict == "fail"
@@ -151,10 +151,10 @@ def test_a_cache_that_cannot_be_written(
         raise OSError(30, "Read-only file system")
 
     if not converted:
-        monkeypatch.setenv(model.CACHE_ENV, str(tmp_path / "other"))
+        monkeypatch.setenv(cache_folder.ENV, str(tmp_path / "other"))
     monkeypatch.setattr(hardware.tempfile, "TemporaryFile", read_only)
     found = finding("cache folder")
-    assert (found.verdict, model.CACHE_ENV in found.remedy) == (verdict, True)
+    assert (found.verdict, cache_folder.ENV in found.remedy) == (verdict, True)
     assert "Read-only" in found.found
 
 

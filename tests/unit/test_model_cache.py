@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from stateful_sglang import cache_folder
 from stateful_sglang.embedded import cache as model
 from stateful_sglang.embedded.cache import (
     CacheState,
@@ -147,7 +148,7 @@ def test_hashes_notice_what_sizes_do_not(tmp_path: Path) -> None:
 def test_an_unwritable_cache_names_the_way_out(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    with pytest.raises(ModelError, match=model.CACHE_ENV):
+    with pytest.raises(ModelError, match=cache_folder.ENV):
         ensure_default_model(blocked, convert=write, say=quiet)
 
 
@@ -163,8 +164,8 @@ def test_too_little_disk_is_said_before_converting(
     ("environment", "argument", "expected"),
     [
         ({"XDG_CACHE_HOME": "/x"}, None, "/x/stateful_sglang"),
-        ({"XDG_CACHE_HOME": "/x", model.CACHE_ENV: "/y"}, None, "/y"),
-        ({model.CACHE_ENV: "/y"}, Path("/z"), "/z"),
+        ({"XDG_CACHE_HOME": "/x", cache_folder.ENV: "/y"}, None, "/y"),
+        ({cache_folder.ENV: "/y"}, Path("/z"), "/z"),
     ],
 )
 def test_the_folder_follows_flag_then_environment_then_xdg(
@@ -173,7 +174,7 @@ def test_the_folder_follows_flag_then_environment_then_xdg(
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv(model.CACHE_ENV, raising=False)
+    monkeypatch.delenv(cache_folder.ENV, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert model.cache_root(argument) == Path(expected)
+    assert cache_folder.root(argument) == Path(expected)

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 ROOMS = (
     "registry",
     "loopback",
+    "cache_folder",
     "attachments",
     "session",
     "grammar",
@@ -32,9 +33,9 @@ ROOMS = (
     "service",
     "api",
     "client",
-    "embedded",
     "cpu",
     "torch_backend",
+    "embedded",
     "runtime",
     "server",
     "doctor",
