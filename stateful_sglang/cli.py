@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from stateful_sglang.runtime.options import declared
+
 app = typer.Typer(
     name="stateful-sglang",
     help="Conversations that live on the server: SGLang in which a turn costs what is new.",
@@ -17,9 +19,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_CACHE_DIR = next(each for each in declared() if each.name == "cache_dir")
 CacheDir = Annotated[
     Path | None,
-    typer.Option("--cache-dir", help="Where converted models are kept.", show_default=False),
+    typer.Option(_CACHE_DIR.flag, help=f"{_CACHE_DIR.help}.", show_default=False),
 ]
 
 

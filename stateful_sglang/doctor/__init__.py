@@ -24,6 +24,7 @@ def examine(port: int, cache_dir: Path | None = None) -> Iterator[Finding]:
         ("stateful_sglang", software.ourselves),
         ("python", software.python),
         ("sglang", software.sglang),
+        ("settings", software.settings),
         ("port", lambda: hardware.port(port)),
         ("model", lambda: hardware.model(cache_dir)),
         ("cache folder", lambda: hardware.writable_cache(cache_dir)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 import platform
 import sys
 from importlib import metadata
@@ -9,6 +11,7 @@ from pathlib import Path
 
 from stateful_sglang import SGLANG_VERSION, __version__
 from stateful_sglang.doctor.finding import INSTALL, REQUIREMENTS, Finding, pin_of, version_of
+from stateful_sglang.runtime import options
 
 SHOWN_PACKAGES = ("transformers", "torchvision", "xgrammar", "numpy")
 
@@ -54,6 +57,35 @@ def sglang() -> Finding:
             f"{INSTALL}, or: pip install --no-deps sglang=={SGLANG_VERSION}",
         )
     return Finding("sglang", "ok", f"{found}, the pinned version")
+
+
+def settings() -> Finding:
+    """Our variables in the environment that a server would inherit."""
+    known = {name.removeprefix(options.PREFIX): name for name in options.VARIABLES}
+    try:
+        left_over = options.Options.from_env() is not None
+    except options.OptionError as error:
+        return Finding("settings", "fail", str(error), f"unset {options.ENV}")
+    if left_over:
+        return Finding(
+            "settings",
+            "note",
+            f"{options.ENV} is set: SGLang's own servers would be started with sessions too",
+            f"unset {options.ENV}",
+        )
+    ours = sorted(name for name in os.environ if name.startswith(options.PREFIX))
+    for name in ours:
+        if name not in options.VARIABLES:
+            meant = difflib.get_close_matches(name.removeprefix(options.PREFIX), known, 1, 0.7)
+            if meant:
+                return Finding(
+                    "settings",
+                    "note",
+                    f"nothing reads {name}",
+                    f"did you mean {known[meant[0]]}?",
+                )
+    given = [f"{name}={os.environ[name]}" for name in ours if name in options.VARIABLES]
+    return Finding("settings", "ok", ", ".join(given) or "no variable of ours is set")
 
 
 def packages() -> Finding:

@@ -15,11 +15,20 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+from stateful_sglang import cache_folder
 from stateful_sglang.draft import sources
 from stateful_sglang.prefix import policies
 from stateful_sglang.rendering.content import ContentTokens
 
-ENV = "STATEFUL_SGLANG_CONFIG"
+PREFIX = "STATEFUL_SGLANG_"
+ENV = f"{PREFIX}CONFIG"
+VARIABLES: Mapping[str, str] = {
+    ENV: "settings of a server's processes, as the launcher wrote them; not for people",
+    cache_folder.ENV: "what --cache-dir is, for every command",
+    f"{PREFIX}CPU_ISA": "avx512, avx2 or portable force a path of the CPU kernels, off means none",
+    f"{PREFIX}CPU_LIBRARY": "a library of CPU kernels to load in place of building one",
+}
+"""Every environment variable of ours, and what it says."""
 
 
 class OptionError(ValueError):
@@ -207,7 +216,7 @@ class Declared(NamedTuple):
             return ""
         if self.kind is bool:
             return "on" if self.default else "off"
-        return f"{self.default}{self.option.default_note}"
+        return str(self.default)
 
     def problem(self, value: Any) -> str | None:
         """Why the option does not take this value; None where it does."""

@@ -60,7 +60,7 @@ def _ours() -> Parser:
 def _add(parser: Parser, each: Declared) -> None:
     text = each.help
     if each.shown_default:
-        text += f" (default: {each.shown_default})"
+        text += f" (default: {each.shown_default}{each.option.default_note})"
     more: dict[str, Any] = {"help": text.replace("%", "%%"), "metavar": each.option.metavar}
     if each.kind is bool:
         more["action"] = _OnOff

@@ -195,7 +195,7 @@ def test_a_check_that_breaks_is_a_row(check: str, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(f"stateful_sglang.server.{check}", broken)
     findings = list(examine(0))
-    assert len(findings) == len({each.name for each in findings}) == 13
+    assert len(findings) == len({each.name for each in findings}) == 14
     assert any(each.found == "RuntimeError: unforeseen" for each in findings)
 
 
