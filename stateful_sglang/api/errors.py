@@ -9,23 +9,23 @@ from fastapi.responses import JSONResponse
 
 from stateful_sglang.session import errors
 
-_STATUS: Mapping[type[errors.SessionError], int] = {
-    errors.SessionNotFoundError: 404,
-    errors.SessionBusyError: 409,
-    errors.VersionMismatchError: 409,
-    errors.SessionClosedError: 410,
-    errors.ContextOverflowError: 413,
-    errors.InvalidInputError: 422,
-    errors.TooManySessionsError: 429,
-    errors.TurnAbortedError: 503,
-    errors.CommitFailedError: 507,
+STATUS: Mapping[str, int] = {
+    "session_not_found": 404,
+    "session_busy": 409,
+    "session_conflict": 409,
+    "stale_base": 409,
+    "version_mismatch": 409,
+    "session_closed": 410,
+    "body_too_large": 413,
+    "context_length_exceeded": 413,
+    "invalid_request": 422,
+    "too_many_sessions": 429,
+    "engine_error": 500,
+    "engine_unavailable": 503,
+    "turn_aborted": 503,
+    "commit_failed": 507,
 }
-_ENGINE_KIND: Mapping[int, str] = {
-    409: "session_conflict",
-    422: "invalid_request",
-    503: "engine_unavailable",
-}
-"""What an engine's error is called where the engine names no kind of its own."""
+"""HTTP status of each kind of error; the one place that knows both."""
 _UNION_TAGS = frozenset({"str", "list[str]", "list[constrained-str]", "constrained-str"})
 """What pydantic adds to a location: the member of a union that it tried."""
 
@@ -42,35 +42,9 @@ class BodyTooLargeError(errors.SessionError):
         )
 
 
-class EngineError(errors.SessionError):
-    """The model server gave the turn up; nothing was committed."""
-
-    kind = "engine_error"
-
-    def __init__(self, message: str, status: int, kind: str | None = None) -> None:
-        super().__init__(f"the model server ended this turn: {message}; nothing was committed")
-        self.status = status
-        self.kind = kind or _ENGINE_KIND.get(status, self.kind)
-
-
-class EngineUnavailableError(errors.SessionError):
-    """The model server did not answer a question in time."""
-
-    kind = "engine_unavailable"
-
-
 def status_of(error: errors.SessionError) -> int:
     """HTTP status of an error."""
-    if isinstance(error, EngineError):
-        return error.status
-    if isinstance(error, BodyTooLargeError):
-        return 413
-    if isinstance(error, EngineUnavailableError):
-        return 503
-    return next(
-        (status for kind, status in _STATUS.items() if isinstance(error, kind)),
-        500,
-    )
+    return STATUS.get(error.kind, 500)
 
 
 def body_of(error: errors.SessionError) -> dict[str, Any]:

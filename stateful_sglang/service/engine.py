@@ -1,15 +1,48 @@
-"""What the API room asks of a model server: run one turn, close a session, describe the tree.
+"""The engine port: what a service of sessions asks of a model server.
 
 The runtime room implements this over SGLang; nothing here imports it, so that versions,
-transactions and rendering are tested in milliseconds.
+transactions and rendering are tested in milliseconds. Nothing of SGLang's own forms passes through
+it either: how a turn ended is a `Finish`, and what went wrong an `EngineError` of some kind.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
+
+from stateful_sglang.service.tool_calls import ParsedAnswer
+
+ErrorKind = Literal["stale_base", "busy", "conflict", "invalid", "overloaded", "broken"]
+"""Why an engine ended a turn, or gave no answer:
+
+``stale_base`` a rank holds fewer tokens than are committed; ``busy`` it runs another turn of the
+session; ``conflict`` it refuses the turn for another reason of the session's state; ``invalid``
+the request can't be followed; ``overloaded`` not now, but later; ``broken`` anything else."""
+
+
+class EngineError(Exception):
+    """The model server did not do what it was asked for; a turn is over without a result.
+
+    `field` names the attribute of the `TurnRequest` that is at fault, where one is known.
+    """
+
+    def __init__(self, kind: ErrorKind, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.kind: ErrorKind = kind
+        self.message = message
+        self.field = field
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """A good end of a turn."""
+
+    reason: Literal["stop", "length"]
+    """``length``: it has as many tokens as it might have."""
+    matched: int | str | None = None
+    """The end token, stop token or stop string that stopped it, where the engine says which."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +70,8 @@ class TurnProgress(NamedTuple):
     output_ids: array[int]
     """All output tokens so far ('q'), cut at what is delivered, a generated end token included.
     One array that grows with the turn: an earlier progress shows later tokens too."""
-    finish: Mapping[str, Any] | None
-    """SGLang's finish reason (``type``: stop, length or abort), or None while generating."""
+    finish: Finish | None
+    """None while generating."""
     prompt_tokens: int
     cached_tokens: int
     """Prompt tokens whose KV was found in the tree."""
@@ -47,7 +80,7 @@ class TurnProgress(NamedTuple):
 
 
 class TurnEngine(Protocol):
-    """The model server as the API room sees it."""
+    """The model server as a service sees it."""
 
     @property
     def context_length(self) -> int:
@@ -57,18 +90,33 @@ class TurnEngine(Protocol):
     vocab_size: int
     tokenizer: Any
     eos_ids: frozenset[int]
-    tool_call_parser: str | None
 
     def run(self, turn: TurnRequest) -> AsyncIterator[TurnProgress]:
-        """Run a turn. Closing the iterator early aborts it."""
+        """Run a turn to its `Finish`. Closing the iterator early aborts it.
+
+        Raises:
+            EngineError: The turn ended badly; no rank keeps anything of it.
+        """
+        ...
+
+    def parse_tool_calls(self, raw: str, tools: Sequence[Mapping[str, Any]]) -> ParsedAnswer | None:
+        """Calls in an answer, as the model's own format has them.
+
+        Args:
+            raw: The answer with its special tokens.
+            tools: What may be called, in OpenAI's form.
+
+        Returns:
+            None where the model server knows no format of the model.
+        """
         ...
 
     async def check_constraint(self, kind: str, text: str) -> None:
         """Prove that a turn may be constrained so, before it starts.
 
         Args:
-            kind: The sampling parameter: ``json_schema``, ``regex`` or ``ebnf``.
-            text: Its value.
+            kind: ``json_schema``, ``regex`` or ``ebnf``.
+            text: The schema as JSON, the expression, or the grammar.
 
         Raises:
             ConstraintError: The model server can't follow it; says why.
@@ -80,5 +128,9 @@ class TurnEngine(Protocol):
         ...
 
     async def tree_summary(self, session_id: str | None, limit: int) -> dict[str, Any]:
-        """Bounded description of the prefix tree, or of one session's path in it."""
+        """Bounded description of the prefix tree, or of one session's path in it, for a person.
+
+        Raises:
+            EngineError: It did not answer in time (``overloaded``).
+        """
         ...

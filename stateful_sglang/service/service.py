@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stateful_sglang.api.errors import EngineError, EngineUnavailableError
 from stateful_sglang.api.native.schemas import AppendBody, OpenBody
 from stateful_sglang.grammar.constraints import Constraints
 from stateful_sglang.grammar.errors import ConstraintError
@@ -19,7 +18,8 @@ from stateful_sglang.grammar.worker import WorkerUnavailableError
 from stateful_sglang.rendering.content import ContentTokens
 from stateful_sglang.rendering.delta import DeltaRenderer, RenderedDelta
 from stateful_sglang.service import tool_calls
-from stateful_sglang.service.engine import TurnEngine, TurnProgress, TurnRequest
+from stateful_sglang.service.engine import EngineError, TurnEngine, TurnProgress, TurnRequest
+from stateful_sglang.service.failures import not_done, turn_failed
 from stateful_sglang.service.sampling import (
     DEFAULT_MAX_TOKENS,
     Constraint,
@@ -110,11 +110,8 @@ class SessionService:
             self._store.get(session_id)
         try:
             return await self._engine.tree_summary(session_id, limit)
-        except TimeoutError as error:
-            raise EngineUnavailableError(
-                "the scheduler did not describe its tree in time: it is in one very long step, or "
-                "gone. Look at /health, and ask again"
-            ) from error
+        except EngineError as error:
+            raise not_done(error) from error
 
     async def append(self, session_id: str, body: AppendBody) -> RunningTurn:
         """Start a turn.
@@ -176,7 +173,7 @@ class SessionService:
             field = constraint.field if tool is None else f"tools[{tool}].function.parameters"
             raise InvalidInputError(field, str(error)) from error
         except WorkerUnavailableError as error:
-            raise EngineError(str(error), 503) from error
+            raise turn_failed(EngineError("overloaded", str(error)), None) from error
 
     async def _close(self, session: Session) -> None:
         turn = self._turns.get(session.id)
@@ -185,7 +182,8 @@ class SessionService:
         try:
             await self._engine.close_session(session.id)
         except Exception as error:
-            raise EngineError(f"closing the session failed: {error}", 500) from error
+            broken = EngineError("broken", f"closing the session failed: {error}")
+            raise turn_failed(broken, None) from error
 
     def _plan(self, session: Session, body: AppendBody) -> PlannedTurn:
         """What the append adds, rendered and tokenised, and proven to fit."""
@@ -243,7 +241,7 @@ class SessionService:
         history = len(session.tip.transcript)
         raw = self._renderer.answer_text(last.output_ids)
         parsed = self._parse(plan, body, last.text, raw)
-        finish = "tool_calls" if parsed.calls else str((last.finish or {}).get("type"))
+        finish = "tool_calls" if parsed.calls else _reason(last)
         tokens = self._renderer.answer_tokens(last.output_ids, raw)
         answer = Message("assistant", parsed.content, parsed.calls, raw=raw, tokens=tokens)
         commit = self._store.prepare(session, plan, last.output_ids, answer, finish)
@@ -296,11 +294,8 @@ class SessionService:
             return tool_calls.ParsedAnswer(text, ())
         if body.tool_choice == "required" or body.sampling.constraints():
             return tool_calls.parse_json_call(text, plan.head)
-        if self._engine.tool_call_parser is not None:
-            return tool_calls.parse_with_sglang(
-                raw, plan.head, self._engine.tool_call_parser, self._engine.tokenizer
-            )
-        return tool_calls.parse_hermes_calls(text, plan.head)
+        parsed = self._engine.parse_tool_calls(raw, plan.head.tools)
+        return parsed or tool_calls.parse_hermes_calls(text, plan.head)
 
     def _view(self, session: Session) -> dict[str, Any]:
         tip = session.tip
@@ -330,6 +325,11 @@ def _opened_with(session: Session) -> list[str]:
         "messages": bool(session.tip.pending),
     }
     return [name for name, there in given.items() if there]
+
+
+def _reason(last: TurnProgress) -> str:
+    assert last.finish is not None  # a turn commits only at its end
+    return last.finish.reason
 
 
 def _rounded(value: float) -> float:

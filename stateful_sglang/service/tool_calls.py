@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import secrets
 import string
@@ -11,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from stateful_sglang.session.messages import Head, ToolCall
-
-logger = logging.getLogger(__name__)
 
 _ID_LETTERS = string.ascii_letters + string.digits
 _HERMES_CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
@@ -46,25 +43,6 @@ def parse_hermes_calls(text: str, head: Head) -> ParsedAnswer:
     return ParsedAnswer(content.strip() if calls else text, tuple(calls))
 
 
-def parse_with_sglang(text: str, head: Head, parser: str, tokenizer: Any) -> ParsedAnswer:
-    """Calls as SGLang's parser of this name finds them; `text` keeps its special tokens."""
-    from sglang.srt.entrypoints.openai.protocol import Tool
-    from sglang.srt.function_call.function_call_parser import FunctionCallParser
-
-    try:
-        tools = [Tool.model_validate(dict(tool)) for tool in head.tools]
-        found = FunctionCallParser(tools, parser, tokenizer)
-        content, items = found.parse_non_stream(text)
-    except Exception:
-        # An answer that a parser stumbles on is still an answer.
-        logger.exception("tool call parser %s failed; the answer is returned as text", parser)
-        return ParsedAnswer(text, ())
-    calls = tuple(
-        ToolCall(_new_id(), item.name, _loaded(item.parameters)) for item in items if item.name
-    )
-    return ParsedAnswer(content, calls)
-
-
 def openai_form(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
     """Calls as OpenAI's clients expect them: arguments are JSON text."""
     return [
@@ -83,18 +61,18 @@ def openai_form(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
 
 
 def _call_from(text: str, head: Head) -> ToolCall | None:
-    call = _loaded(text)
+    call = loaded(text)
     if not isinstance(call, Mapping) or call.get("name") not in head.tool_names():
         return None
     arguments = call.get("arguments", call.get("parameters", {}))
     if isinstance(arguments, str):
-        arguments = _loaded(arguments)
+        arguments = loaded(arguments)
     if not isinstance(arguments, Mapping):
         return None
-    return ToolCall(_new_id(), call["name"], dict(arguments))
+    return ToolCall(new_id(), call["name"], dict(arguments))
 
 
-def _loaded(text: str) -> Any:
+def loaded(text: str) -> Any:
     """Parsed JSON, or the text itself."""
     try:
         return json.loads(text)
@@ -102,6 +80,7 @@ def _loaded(text: str) -> Any:
         return text
 
 
-def _new_id() -> str:
+def new_id() -> str:
+    """An id for a call that the model gave none."""
     # Nine alphanumerics: Mistral's templates refuse every other form.
     return "".join(secrets.choice(_ID_LETTERS) for _ in range(9))

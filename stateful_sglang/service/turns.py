@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from typing import Any, cast
 
-from stateful_sglang.api.errors import EngineError
-from stateful_sglang.service.engine import TurnEngine, TurnProgress, TurnRequest
-from stateful_sglang.session.errors import InvalidInputError, SessionError, TurnAbortedError
+from stateful_sglang.service.engine import EngineError, TurnEngine, TurnProgress, TurnRequest
+from stateful_sglang.service.failures import turn_failed
+from stateful_sglang.session.errors import SessionError, TurnAbortedError
 
 logger = logging.getLogger(__name__)
 
 Reply = dict[str, Any]
-_STATUS_OF_ABORT = {400: 422, 409: 409, 503: 503}
-_KIND_OF_ABORT = {"busy": "session_busy", "stale_base": "stale_base"}
-"""Kinds that a rank gives its refusals, as they are called in an error body."""
-_REFUSED_CONSTRAINT = re.compile(
-    r"Failed to compile \w+ grammar|Grammar preprocessing timed out|Grammar-based"
-)
-"""How SGLang says that it is the constraint that it can't serve, with one status for all."""
 
 
 class RunningTurn:
@@ -124,12 +116,15 @@ class RunningTurn:
             if last is None or last.finish is None:
                 raise
             # The end beat the abort: what was delivered is committed.
-        except SessionError as error:
-            self._error = error
+        except EngineError as error:
+            self._error = turn_failed(error, self._constraint)
             return
         except Exception as error:
-            logger.exception("turn %s failed", self._request.rid)
-            self._error = EngineError(f"{type(error).__name__}: {error}", 500)
+            self._error = self._broken("failed", error)
+            return
+        if last is None or last.finish is None:
+            unknown = EngineError("broken", "it ended without a finish reason")
+            self._error = turn_failed(unknown, self._constraint)
             return
         # A task of its own: a cancellation of this one, whoever sends it, must not cut it off.
         ending = asyncio.create_task(self._end(last), name=f"commit {self._request.rid}")
@@ -137,32 +132,22 @@ class RunningTurn:
             with suppress(asyncio.CancelledError):
                 await asyncio.wait({ending})
 
-    async def _end(self, last: TurnProgress | None) -> None:
+    async def _end(self, last: TurnProgress) -> None:
         first_token_at = self._first_token_at or time.perf_counter()
         try:
-            self._reply = await self._commit(_checked(last, self._constraint), first_token_at)
+            self._reply = await self._commit(last, first_token_at)
         except SessionError as error:
             self._error = error
         except Exception as error:
-            logger.exception("turn %s could not be committed", self._request.rid)
-            self._error = EngineError(f"{type(error).__name__}: {error}", 500)
+            self._error = self._broken("could not be committed", error)
+
+    def _broken(self, what: str, error: Exception) -> SessionError:
+        logger.exception("turn %s %s", self._request.rid, what)
+        broken = EngineError("broken", f"{type(error).__name__}: {error}")
+        return turn_failed(broken, self._constraint)
 
     def _publish(self, progress: TurnProgress) -> None:
         if self._first_token_at is None and progress.output_ids:
             self._first_token_at = time.perf_counter()
         self._text = progress.text
         self._changed.set()
-
-
-def _checked(progress: TurnProgress | None, constraint: str | None) -> TurnProgress:
-    """The last progress, or why it is no end to commit."""
-    finish = progress.finish if progress is not None else None
-    if progress is None or finish is None:
-        raise EngineError("it ended without a finish reason", 500)
-    if finish.get("type") == "abort":
-        message = str(finish.get("message") or "aborted")
-        if constraint is not None and _REFUSED_CONSTRAINT.match(message):
-            raise InvalidInputError(constraint, f"the model server refuses it: {message}")
-        status = _STATUS_OF_ABORT.get(int(finish.get("status_code") or 0), 500)
-        raise EngineError(message, status, _KIND_OF_ABORT.get(str(finish.get("err_type"))))
-    return progress

@@ -110,3 +110,17 @@ class InvalidInputError(SessionError):
     def __init__(self, param: str, message: str) -> None:
         super().__init__(message, param=param)
         self.param = param
+
+
+class EngineFailedError(SessionError):
+    """The model server did not do its part; the session is at its last version.
+
+    Its kind says what the caller can do: ``engine_error``, ``engine_unavailable``, ``stale_base``,
+    ``session_busy``, ``session_conflict`` or ``invalid_request``.
+    """
+
+    kind = "engine_error"
+
+    def __init__(self, message: str, kind: str = kind) -> None:
+        super().__init__(message)
+        self.kind = kind

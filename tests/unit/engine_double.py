@@ -18,7 +18,8 @@ import jinja2
 from tokenizers import AddedToken
 
 from stateful_sglang.grammar.errors import ConstraintError
-from stateful_sglang.service.engine import TurnProgress, TurnRequest
+from stateful_sglang.runtime.sessions.finish import finish_of
+from stateful_sglang.service.engine import EngineError, Finish, TurnProgress, TurnRequest
 from stateful_sglang.session.rank import RankSessions
 
 CHATML = (
@@ -80,7 +81,6 @@ class EngineDouble:
         self.vocab_size = 1200
         self.tokenizer = CharTokenizer(template)
         self.eos_ids = frozenset({END})
-        self.tool_call_parser: str | None = None
         self.rank = RankSessions()
         self.requests: list[TurnRequest] = []
         self.prompts: list[list[int]] = []
@@ -99,7 +99,7 @@ class EngineDouble:
         self.silent = False
         """Whether questions about the tree go unanswered."""
         self.end_with: Mapping[str, Any] | Exception | None = None
-        """In place of a good finish."""
+        """In place of a good finish; a mapping is one of SGLang's, read by the real adapter."""
 
     async def run(self, turn: TurnRequest) -> AsyncIterator[TurnProgress]:
         self.requests.append(turn)
@@ -116,8 +116,8 @@ class EngineDouble:
                 last = count == len(output)
                 if last and isinstance(self.end_with, Exception):
                     raise self.end_with
-                finish = self._finish(output) if last else None
-                if finish is not None and finish["type"] != "abort":
+                finish = self._finish(turn, output) if last else None
+                if finish is not None:
                     self.rank.finish_turn(turn.rid, output)
                     ended = True
                 yield self._progress(turn, output[:count], len(prompt), finish)
@@ -130,6 +130,9 @@ class EngineDouble:
                 self.rank.finish_turn(turn.rid, None)
                 self.aborted.append(turn.rid)
 
+    def parse_tool_calls(self, raw: str, tools: Any) -> None:
+        return None
+
     async def check_constraint(self, kind: str, text: str) -> None:
         self.constraints.append((kind, text))
         if self.refuse_constraints is not None:
@@ -141,7 +144,7 @@ class EngineDouble:
 
     async def tree_summary(self, session_id: str | None, limit: int) -> dict[str, Any]:
         if self.silent:
-            raise TimeoutError
+            raise EngineError("overloaded", "no answer in time; look at /health, and ask again")
         return {"session_id": session_id, "limit": limit, "nodes": []}
 
     def answer_to(self, prompt: list[int], max_tokens: int) -> list[int]:
@@ -156,15 +159,14 @@ class EngineDouble:
         ids = self.tokenizer.encode(text)
         return array("q", [*ids, END][:max_tokens])
 
-    def _finish(self, output: array[int]) -> Mapping[str, Any]:
+    def _finish(self, turn: TurnRequest, output: array[int]) -> Finish | None:
         if isinstance(self.end_with, Mapping):
-            return self.end_with
-        if output[-1] == END:
-            return {"type": "stop", "matched": END}
-        return {"type": "length", "length": len(output)}
+            constrained = not turn.sampling.keys().isdisjoint(("json_schema", "regex", "ebnf"))
+            return finish_of(self.end_with, constrained=constrained)
+        return Finish("stop", END) if output[-1] == END else Finish("length")
 
     def _progress(
-        self, turn: TurnRequest, ids: array[int], prompt: int, finish: Mapping[str, Any] | None
+        self, turn: TurnRequest, ids: array[int], prompt: int, finish: Finish | None
     ) -> TurnProgress:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return TurnProgress(text, array("q", ids), finish, prompt, turn.base_len, len(ids) - 1)

@@ -18,7 +18,6 @@ from hypothesis.stateful import (
     rule,
 )
 
-from stateful_sglang.api.errors import EngineError
 from stateful_sglang.api.native.schemas import AppendBody, OpenBody
 from stateful_sglang.service.service import SessionService
 from stateful_sglang.session import errors
@@ -145,7 +144,7 @@ class Sessions(RuleBasedStateMachine):
         aborted = {"type": "abort", "message": "no", "status_code": 503}
         self.engine.end_with = RuntimeError("no") if raised else aborted
         try:
-            with pytest.raises((EngineError, errors.ContextOverflowError)):
+            with pytest.raises((errors.EngineFailedError, errors.ContextOverflowError)):
                 self.runner.run(self._append(session, body_of([content], 20)))
         finally:
             self.engine.end_with = None

@@ -10,7 +10,7 @@ import pytest
 from engine_double import END, FORGETFUL, EngineDouble
 from jsonschema import Draft202012Validator
 
-from stateful_sglang.api.errors import EngineError, status_of
+from stateful_sglang.api.errors import status_of
 from stateful_sglang.api.native.schemas import AppendBody, OpenBody
 from stateful_sglang.api.streaming import reply_or_abort
 from stateful_sglang.service.service import Limits, SessionService
@@ -354,9 +354,9 @@ async def test_a_turn_that_ends_badly_is_reported_and_not_committed(
     session = await open_one(service)
     await answer(service, session, say("hello"))
     engine.end_with = ending
-    with pytest.raises(EngineError) as failed:
+    with pytest.raises(errors.EngineFailedError) as failed:
         await answer(service, session, say("next"))
-    assert (failed.value.status, failed.value.kind) == (status, kind)
+    assert (status_of(failed.value), failed.value.kind) == (status, kind)
     engine.end_with = None
     assert (await answer(service, session, say("next")))["version"] == 2
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from stateful_sglang.cpu.platform import prepare
-from stateful_sglang.service.tool_calls import openai_form, parse_with_sglang
-from stateful_sglang.session.messages import Head
+from stateful_sglang.service.tool_calls import openai_form
 
-HEAD = Head(tools=({"type": "function", "function": {"name": "search"}},))
+TOOLS = ({"type": "function", "function": {"name": "search"}},)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def sglang() -> None:
-    prepare()
-    pytest.importorskip("sglang")
+prepare()
+
+from stateful_sglang.runtime.sessions.tool_calls import (  # noqa: E402 - SGLang comes after prepare()
+    parse_with_sglang,
+)
 
 
 @pytest.mark.parametrize(
@@ -26,13 +26,13 @@ def sglang() -> None:
     ],
 )
 def test_a_named_parser_finds_its_models_calls(parser: str, text: str) -> None:
-    content, calls = parse_with_sglang(text, HEAD, parser, None)
+    content, calls = parse_with_sglang(text, TOOLS, parser, None)
     assert content.strip() == "Yes."
     (call,) = openai_form(calls)
     assert call["function"] == {"name": "search", "arguments": '{"q": "a"}'}
 
 
 def test_an_answer_that_a_parser_stumbles_on_stays_text() -> None:
-    content, calls = parse_with_sglang("<tool_call>{broken", HEAD, "qwen25", None)
+    content, calls = parse_with_sglang("<tool_call>{broken", TOOLS, "qwen25", None)
     assert ("broken" in content, calls) == (True, ())
-    assert parse_with_sglang("hello", HEAD, "no such parser", None) == ("hello", ())
+    assert parse_with_sglang("hello", TOOLS, "no such parser", None) == ("hello", ())

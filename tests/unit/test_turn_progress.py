@@ -5,11 +5,14 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
+import pytest
+
 from stateful_sglang.cpu.platform import prepare
 
 prepare()
 
 from stateful_sglang.runtime.sessions.engine import _progress  # noqa: E402 - SGLang comes after prepare()
+from stateful_sglang.service.engine import EngineError  # noqa: E402
 
 
 class CountedList(list[int]):
@@ -33,17 +36,16 @@ def test_reading_a_stream_of_reports_reads_each_token_once() -> None:
     for token in range(2000):
         output.append(token)
         out = {"text": "x", "output_ids": output, "meta_info": {"prompt_tokens": 3}}
-        progress = _progress(out, progress, ids)
+        progress = _progress(out, ids, constrained=False)
         assert progress.output_ids[-1] == token
     assert output.read == 2000
     assert progress is not None
     assert progress.output_ids.tolist() == list(range(2000))
 
 
-def test_an_error_after_tokens_keeps_them() -> None:
+def test_an_error_as_the_streams_last_message_is_raised_with_its_kind() -> None:
     ids = array("q")
-    meta = {"prompt_tokens": 3}
-    first = _progress({"text": "ab", "output_ids": [1, 2], "meta_info": meta}, None, ids)
-    last = _progress({"error": {"message": "no", "code": 503}}, first, ids)
-    assert last.finish == {"type": "abort", "message": "no", "status_code": 503}
-    assert (last.text, last.output_ids.tolist()) == ("ab", [1, 2])
+    _progress({"text": "ab", "output_ids": [1, 2], "meta_info": {}}, ids, constrained=False)
+    with pytest.raises(EngineError, match=r"^no$") as ended:
+        _progress({"error": {"message": "no", "code": 503}}, ids, constrained=False)
+    assert ended.value.kind == "overloaded"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from array import array
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,14 +19,19 @@ from sglang.utils import TypeBasedDispatcher
 
 from stateful_sglang.attachments.check import Attachment
 from stateful_sglang.grammar.worker import Worker
+from stateful_sglang.runtime.sessions.finish import ended_badly, finish_of
 from stateful_sglang.runtime.sessions.requests import (
     SessionAppendReq,
     SessionCloseReq,
     TreeSummaryReq,
     TreeSummaryReqOutput,
 )
-from stateful_sglang.service.engine import TurnProgress, TurnRequest
+from stateful_sglang.runtime.sessions.tool_calls import parse_with_sglang
+from stateful_sglang.service.engine import EngineError, TurnProgress, TurnRequest
+from stateful_sglang.service.tool_calls import ParsedAnswer
 from stateful_sglang.session.ids import digest
+
+logger = logging.getLogger(__name__)
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 ATTACHMENTS = (
@@ -146,7 +152,7 @@ class SGLangEngine:
         self.tokenizer: Any = manager.tokenizer
         self.vocab_size: int = manager.model_config.vocab_size
         self.eos_ids = _end_tokens(manager)
-        self.tool_call_parser: str | None = manager.config_value("tool_call_parser")
+        self._tool_call_parser: str | None = manager.config_value("tool_call_parser")
         self._compiler: Worker | None = None
         if manager.config_value("grammar_backend") == "xgrammar":
             self._compiler = Worker("stateful_sglang.runtime.grammar_check:check")
@@ -168,18 +174,24 @@ class SGLangEngine:
         way: this generator ends only when the scheduler has let go of the request, and the session
         can take its next turn.
         """
-        queue: asyncio.Queue[TurnProgress | BaseException] = asyncio.Queue()
+        queue: asyncio.Queue[TurnProgress | EngineError] = asyncio.Queue()
         task = asyncio.create_task(self._pump(turn, queue))
         try:
             while True:
                 item = await queue.get()
-                if isinstance(item, BaseException):
+                if isinstance(item, EngineError):
                     raise item
                 yield item
                 if item.finish is not None:
                     return
         finally:
             await asyncio.shield(self._settle(turn.rid, task))
+
+    def parse_tool_calls(self, raw: str, tools: Sequence[Mapping[str, Any]]) -> ParsedAnswer | None:
+        """Calls as the server's ``--tool-call-parser`` finds them, if it has one."""
+        if self._tool_call_parser is None:
+            return None
+        return parse_with_sglang(raw, tools, self._tool_call_parser, self.tokenizer)
 
     async def check_constraint(self, kind: str, text: str) -> None:
         """Ask the grammar compiler, in a process apart; see :class:`TurnEngine`."""
@@ -192,10 +204,17 @@ class SGLangEngine:
 
     async def tree_summary(self, session_id: str | None, limit: int) -> dict[str, Any]:
         """Describe the tree, or one session's path in it."""
-        return await self._manager.tree_summary(session_id, limit)
+        try:
+            return await self._manager.tree_summary(session_id, limit)
+        except TimeoutError as error:
+            raise EngineError(
+                "overloaded",
+                "the scheduler did not describe its tree in time: it is in one very long step, or "
+                "gone. Look at /health, and ask again",
+            ) from error
 
     async def _pump(
-        self, turn: TurnRequest, queue: asyncio.Queue[TurnProgress | BaseException]
+        self, turn: TurnRequest, queue: asyncio.Queue[TurnProgress | EngineError]
     ) -> None:
         sampling = dict(turn.sampling)
         if not turn.stream:
@@ -209,15 +228,20 @@ class SGLangEngine:
         )
         progress = None
         output_ids = array("q")
+        constrained = not sampling.keys().isdisjoint(("json_schema", "regex", "ebnf"))
         try:
             async for out in self._manager.generate_request(request, None):
-                progress = _progress(out, progress, output_ids)
+                progress = _progress(out, output_ids, constrained=constrained)
                 queue.put_nowait(progress)
-        except Exception as error:
+        except EngineError as error:
             queue.put_nowait(error)
+        except Exception as error:
+            logger.exception("turn %s failed", turn.rid)
+            queue.put_nowait(EngineError("broken", f"{type(error).__name__}: {error}"))
         else:
             if progress is None or progress.finish is None:
-                queue.put_nowait(RuntimeError("SGLang ended the request without a finish reason"))
+                ended = "SGLang ended the request without a finish reason"
+                queue.put_nowait(EngineError("broken", ended))
 
     async def _settle(self, rid: str, task: asyncio.Task[None]) -> None:
         """Abort the request unless it ended, and wait until it did."""
@@ -237,30 +261,25 @@ def _end_tokens(manager: StatefulTokenizerManager) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _progress(
-    out: Mapping[str, Any], previous: TurnProgress | None, output_ids: array[int]
-) -> TurnProgress:
-    """SGLang's report as ours; what it has beyond `output_ids` is appended to that array."""
+def _progress(out: Mapping[str, Any], output_ids: array[int], *, constrained: bool) -> TurnProgress:
+    """SGLang's report as ours; what it has beyond `output_ids` is appended to that array.
+
+    Raises:
+        EngineError: It reports a bad end.
+    """
     if "meta_info" not in out:  # an error that SGLang reports as a stream's last message
         error = out.get("error") or {}
-        finish = {
-            "type": "abort",
-            "message": error.get("message"),
-            "status_code": error.get("code"),
-        }
-        if previous is not None:
-            return previous._replace(finish=finish)
-        return TurnProgress("", output_ids, finish, 0, 0, 0)
+        message = str(error.get("message") or "aborted")
+        raise ended_badly(message, error.get("code"), constrained=constrained)
     meta = out["meta_info"]
     # SGLang's list holds the whole output at each report: only its tail is new.
     output_ids.extend((out.get("output_ids") or [])[len(output_ids) :])
-    finish = meta.get("finish_reason")
     # Without speculation SGLang counts no verify steps: one token a step after the prefill's.
     steps = meta.get("spec_verify_ct", max(len(output_ids) - 1, 0))
     return TurnProgress(
         text=out.get("text") or "",
         output_ids=output_ids,
-        finish=finish,
+        finish=finish_of(meta.get("finish_reason"), constrained=constrained),
         prompt_tokens=meta.get("prompt_tokens", 0),
         cached_tokens=meta.get("cached_tokens", 0),
         decode_steps=steps,
