@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from stateful_sglang.api.errors import body_of, status_of
-from stateful_sglang.service.turns import Reply, RunningTurn
+from stateful_sglang.service.results import TurnResult
+from stateful_sglang.service.turns import RunningTurn
 from stateful_sglang.session.errors import SessionError
 
 
-async def reply_or_abort(turn: RunningTurn, receive: Receive) -> Reply:
-    """The turn's reply; the turn is aborted as soon as its client is gone."""
+async def reply_or_abort(turn: RunningTurn, receive: Receive) -> TurnResult:
+    """The committed turn; the turn is aborted as soon as its client is gone."""
     gone = asyncio.create_task(_client_gone(receive))
     ended = asyncio.create_task(turn.wait())
     try:
@@ -39,10 +40,12 @@ class TurnEvents(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, turn: RunningTurn) -> None:
+    def __init__(self, turn: RunningTurn, form: Callable[[TurnResult], dict[str, Any]]) -> None:
+        """`form` makes the data of ``done``."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._turn = turn
+        self._form = form
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.create_task(_client_gone(receive))
@@ -69,7 +72,7 @@ class TurnEvents(Response):
         async for text in self._turn.texts():
             yield _event("delta", {"text": text})
         try:
-            yield _event("done", await self._turn.result())
+            yield _event("done", self._form(await self._turn.result()))
         except SessionError as error:
             body = body_of(error)
             body["error"]["status"] = status_of(error)

@@ -15,7 +15,7 @@ from stateful_sglang.client.errors import (
 )
 from stateful_sglang.client.sync import Client, Session, TurnStream
 from stateful_sglang.client.types import ToolCall, Turn
-from stateful_sglang.session.turn import Usage
+from stateful_sglang.service.results import Usage
 
 __all__ = [
     "ApiError",

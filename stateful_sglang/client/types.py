@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict
 
-from stateful_sglang.session.turn import Usage
+from stateful_sglang.service.results import Usage
 
 MessageParam = Mapping[str, Any]
 """``{"role": ..., "content": ...}``, as OpenAI's clients write it."""

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
+from stateful_sglang.service.sampling import Constraint, Sampling
 from stateful_sglang.service.tool_calls import ParsedAnswer
 
 ErrorKind = Literal["stale_base", "busy", "conflict", "invalid", "overloaded", "broken"]
@@ -56,8 +57,9 @@ class TurnRequest:
     """Committed transcript length in tokens; a rank drops whatever it holds beyond it."""
     delta: array[int]
     """New tokens, typecode 'q'."""
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    """SGLang sampling parameters."""
+    sampling: Sampling
+    """With ``max_tokens`` set, to what fits."""
+    constraint: Constraint | None = None
     stream: bool = True
     """False: nobody reads between the first token and the last, so progress may be sparse."""
 
@@ -112,11 +114,7 @@ class TurnEngine(Protocol):
         ...
 
     async def check_constraint(self, kind: str, text: str) -> None:
-        """Prove that a turn may be constrained so, before it starts.
-
-        Args:
-            kind: ``json_schema``, ``regex`` or ``ebnf``.
-            text: The schema as JSON, the expression, or the grammar.
+        """Prove that a turn may be constrained so, before it starts: by a `Constraint`'s fields.
 
         Raises:
             ConstraintError: The model server can't follow it; says why.

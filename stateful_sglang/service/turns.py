@@ -7,15 +7,14 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
-from typing import Any, cast
+from typing import cast
 
 from stateful_sglang.service.engine import EngineError, TurnEngine, TurnProgress, TurnRequest
 from stateful_sglang.service.failures import turn_failed
+from stateful_sglang.service.results import TurnResult
 from stateful_sglang.session.errors import SessionError, TurnAbortedError
 
 logger = logging.getLogger(__name__)
-
-Reply = dict[str, Any]
 
 
 class RunningTurn:
@@ -31,7 +30,7 @@ class RunningTurn:
         engine: TurnEngine,
         request: TurnRequest,
         *,
-        commit: Callable[[TurnProgress, float], Awaitable[Reply]],
+        commit: Callable[[TurnProgress, float], Awaitable[TurnResult]],
         release: Callable[[], None],
         constraint: str | None = None,
     ) -> None:
@@ -40,7 +39,7 @@ class RunningTurn:
         self._request = request
         self._commit = commit
         self._constraint = constraint
-        self._reply: Reply | None = None
+        self._result: TurnResult | None = None
         self._error: SessionError = TurnAbortedError()
         self._text = ""
         self._changed = asyncio.Event()
@@ -67,12 +66,12 @@ class RunningTurn:
         """Until the turn has ended. Cancelling this wait leaves the turn alone."""
         await self._ended.wait()
 
-    async def result(self) -> Reply:
-        """The reply of the committed turn, or the error that ended it, raised."""
+    async def result(self) -> TurnResult:
+        """The committed turn, or the error that ended it, raised."""
         await self.wait()
-        if self._reply is None:
+        if self._result is None:
             raise self._error
-        return self._reply
+        return self._result
 
     async def texts(self) -> AsyncIterator[str]:
         """New text as it is generated, until the turn has ended. For one consumer."""
@@ -135,7 +134,7 @@ class RunningTurn:
     async def _end(self, last: TurnProgress) -> None:
         first_token_at = self._first_token_at or time.perf_counter()
         try:
-            self._reply = await self._commit(last, first_token_at)
+            self._result = await self._commit(last, first_token_at)
         except SessionError as error:
             self._error = error
         except Exception as error:

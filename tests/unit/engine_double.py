@@ -107,7 +107,7 @@ class EngineDouble:
         self.prompts.append(prompt.tolist())
         ended = False
         try:
-            output = self._output(prompt, turn.sampling["max_new_tokens"])
+            output = self._output(prompt, turn.sampling.max_tokens or 0)
             for count in range(1, len(output) + 1):
                 if count - 1 == self.pause_after:
                     self.paused.set()
@@ -161,8 +161,7 @@ class EngineDouble:
 
     def _finish(self, turn: TurnRequest, output: array[int]) -> Finish | None:
         if isinstance(self.end_with, Mapping):
-            constrained = not turn.sampling.keys().isdisjoint(("json_schema", "regex", "ebnf"))
-            return finish_of(self.end_with, constrained=constrained)
+            return finish_of(self.end_with, constrained=turn.constraint is not None)
         return Finish("stop", END) if output[-1] == END else Finish("length")
 
     def _progress(

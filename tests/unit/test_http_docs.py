@@ -12,8 +12,9 @@ from session_server import app_of
 
 from stateful_sglang.api import errors as api_errors
 from stateful_sglang.api.native import schemas
+from stateful_sglang.api.native.bodies import Body
+from stateful_sglang.service.results import Usage
 from stateful_sglang.session import errors as session_errors
-from stateful_sglang.session.turn import Usage
 
 PAGE = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text(encoding="utf-8")
 
@@ -45,7 +46,7 @@ def test_every_route_is_listed_and_no_other() -> None:
         ("Sampling", schemas.SamplingBody),
     ],
 )
-def test_a_body_has_the_fields_that_are_listed(heading: str, model: type[schemas.Body]) -> None:
+def test_a_body_has_the_fields_that_are_listed(heading: str, model: type[Body]) -> None:
     assert names(heading) == list(model.model_fields)
 
 

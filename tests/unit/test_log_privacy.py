@@ -12,6 +12,7 @@ import uvicorn
 from stateful_sglang.api import access_log
 from stateful_sglang.cpu.platform import prepare
 from stateful_sglang.service.engine import TurnRequest
+from stateful_sglang.service.sampling import Sampling
 from stateful_sglang.session.ids import digest
 from stateful_sglang.session.rank import RankSessions, TurnRefusedError
 
@@ -84,7 +85,7 @@ def test_a_rank_refuses_a_turn_without_naming_its_session() -> None:
     "written", [_dataclass_to_string_truncated, _transform_data_for_logging, repr]
 )
 def test_the_request_log_shows_a_turn_without_its_session(written: Any) -> None:
-    turn = TurnRequest(SECRET, "rid", 7, array("q", [1]))
+    turn = TurnRequest(SECRET, "rid", 7, array("q", [1]), Sampling())
     for logged in (TurnInput(input_ids=[1], turn=TurnOrigin(turn)), turn):
         if written is repr or isinstance(logged, TurnInput):
             assert SECRET not in str(written(logged))

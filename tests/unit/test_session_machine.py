@@ -18,6 +18,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from stateful_sglang.api.native.forms import turn_form
 from stateful_sglang.api.native.schemas import AppendBody, OpenBody
 from stateful_sglang.service.service import SessionService
 from stateful_sglang.session import errors
@@ -84,7 +85,7 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(target=open_sessions, system=st.none() | words)
     def open(self, system: str | None) -> str:
-        session = self.runner.run(self.service.open(OpenBody(system=system)))["id"]
+        session = self.runner.run(self.service.open(OpenBody(system=system).to_command())).id
         self.reference[session] = Reference(system)
         return session
 
@@ -92,7 +93,7 @@ class Sessions(RuleBasedStateMachine):
         return self.reference[session].with_messages(contents)
 
     async def _append(self, session: str, body: AppendBody) -> dict[str, Any]:
-        return await (await self.service.append(session, body)).result()
+        return turn_form(await (await self.service.append(session, body.to_command())).result())
 
     def _check(self, session: str, body: AppendBody, prompt_text: str) -> None:
         """Run a turn that must commit, and apply it to the reference."""
@@ -124,10 +125,10 @@ class Sessions(RuleBasedStateMachine):
         async def run() -> None:
             self.engine.script, self.engine.pause_after = "never to be seen", tokens
             self.engine.paused.clear()
-            turn = await self.service.append(session, body_of([content], 20))
+            turn = await self.service.append(session, body_of([content], 20).to_command())
             await self.engine.paused.wait()
             with pytest.raises(errors.SessionBusyError):
-                await self.service.append(session, body_of([content], 20))
+                await self.service.append(session, body_of([content], 20).to_command())
             await turn.abort()
             with pytest.raises(errors.TurnAbortedError):
                 await turn.result()
@@ -173,7 +174,7 @@ class Sessions(RuleBasedStateMachine):
             turn = None
             if running:
                 try:
-                    turn = await self.service.append(session, body_of([content], 5))
+                    turn = await self.service.append(session, body_of([content], 5).to_command())
                 except errors.ContextOverflowError:
                     turn = None
             await self.service.close(session)
@@ -181,7 +182,7 @@ class Sessions(RuleBasedStateMachine):
                 with pytest.raises(errors.SessionClosedError):
                     await turn.result()
             with pytest.raises(errors.SessionNotFoundError):
-                await self.service.append(session, body_of([content], 5))
+                await self.service.append(session, body_of([content], 5).to_command())
 
         self.runner.run(run())
         assert self.engine.closed[-1] == session
@@ -189,12 +190,12 @@ class Sessions(RuleBasedStateMachine):
 
     @invariant()
     def versions_and_sizes_agree(self) -> None:
-        assert self.service.list(1000)["total"] == len(self.reference)
+        assert self.service.list(1000).total == len(self.reference)
         for session, reference in self.reference.items():
             view = self.service.get(session)
             tokens = len(self.engine.tokenizer.encode(reference.text))
-            assert (view["version"], view["tokens"]) == (reference.version, tokens)
-            assert not view["busy"]
+            assert (view.version, view.tokens) == (reference.version, tokens)
+            assert not view.busy
 
     @invariant()
     def what_was_recorded_is_what_was_published(self) -> None:

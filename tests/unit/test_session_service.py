@@ -11,8 +11,11 @@ from engine_double import END, FORGETFUL, EngineDouble
 from jsonschema import Draft202012Validator
 
 from stateful_sglang.api.errors import status_of
+from stateful_sglang.api.native.forms import session_form, turn_form
 from stateful_sglang.api.native.schemas import AppendBody, OpenBody
 from stateful_sglang.api.streaming import reply_or_abort
+from stateful_sglang.runtime.sessions.sampling import sampling_params
+from stateful_sglang.service.commands import Append
 from stateful_sglang.service.service import Limits, SessionService
 from stateful_sglang.service.turns import RunningTurn
 from stateful_sglang.session import errors
@@ -33,17 +36,25 @@ TOOL = {
 }
 
 
-def say(text: str, **fields: Any) -> AppendBody:
-    body = {"messages": [{"role": "user", "content": text}], **fields}
-    return AppendBody.model_validate(body)
+def raw(**fields: Any) -> Append:
+    return AppendBody.model_validate(fields).to_command()
+
+
+def say(text: str, **fields: Any) -> Append:
+    return raw(messages=[{"role": "user", "content": text}], **fields)
 
 
 async def open_one(service: SessionService, **fields: Any) -> str:
-    return (await service.open(OpenBody.model_validate(fields)))["id"]
+    return (await service.open(OpenBody.model_validate(fields).to_command())).id
 
 
-async def answer(service: SessionService, session: str, body: AppendBody) -> dict[str, Any]:
-    return await (await service.append(session, body)).result()
+async def answer(service: SessionService, session: str, command: Append) -> dict[str, Any]:
+    turn = await (await service.append(session, command)).result()
+    return turn_form(turn, output_ids=True)
+
+
+def seen(service: SessionService, session: str) -> dict[str, Any]:
+    return session_form(service.get(session))
 
 
 async def paused_turn(engine: EngineDouble, service: SessionService, session: str) -> Any:
@@ -96,9 +107,9 @@ async def test_text_and_token_ids_are_appended_as_they_are() -> None:
     service = SessionService(engine)
     session = await open_one(service)
     limit = {"max_tokens": 3, "ignore_eos": True}
-    body = AppendBody(text="once", sampling=limit, return_output_ids=True)
+    body = raw(text="once", sampling=limit)
     first = await answer(service, session, body)
-    await answer(service, session, AppendBody(input_ids=[40, 41], sampling=limit))
+    await answer(service, session, raw(input_ids=[40, 41], sampling=limit))
     assert engine.prompts[1] == [*engine.tokenizer.encode("once"), *first["output_ids"], 40, 41]
 
 
@@ -112,8 +123,8 @@ async def test_an_aborted_turn_leaves_no_trace() -> None:
     await turn.abort()
     with pytest.raises(errors.TurnAbortedError):
         await turn.result()
-    assert service.get(aborted)["version"] == 1
-    assert not service.get(aborted)["busy"]
+    assert seen(service, aborted)["version"] == 1
+    assert not seen(service, aborted)["busy"]
     replies = [await answer(service, session, say("next")) for session in (aborted, untouched)]
     assert replies[0]["text"] == replies[1]["text"]
     assert engine.prompts[-1] == engine.prompts[-2]
@@ -147,7 +158,7 @@ async def test_an_end_that_beats_the_abort_is_committed() -> None:
     turn = await service.append(session, say("x"))
     await engine.paused.wait()
     await turn.abort()
-    assert (await turn.result())["version"] == service.get(session)["version"] == 1
+    assert (await turn.result()).version == seen(service, session)["version"] == 1
 
 
 class SlowLog:
@@ -184,13 +195,13 @@ async def everyone_waits() -> None:
 
 async def test_a_turn_is_seen_only_once_it_is_recorded() -> None:
     _, log, service, session, turn = await recording_turn()
-    view = service.get(session)
+    view = seen(service, session)
     assert (view["version"], view["tokens"], view["busy"]) == (0, 0, True)
     assert not turn.ended
     with pytest.raises(errors.SessionBusyError):
         await service.append(session, say("me too"))
     log.go.set()
-    assert (await turn.result())["version"] == service.get(session)["version"] == 1
+    assert (await turn.result()).version == seen(service, session)["version"] == 1
     assert log.recorded == [(session, 1)]
 
 
@@ -202,7 +213,7 @@ async def test_an_abort_during_the_commit_comes_too_late() -> None:
     assert not turn.ended
     log.go.set()
     await aborted
-    assert (await turn.result())["version"] == service.get(session)["version"] == 1
+    assert (await turn.result()).version == seen(service, session)["version"] == 1
 
 
 async def test_no_cancellation_cuts_a_commit_off() -> None:
@@ -212,7 +223,7 @@ async def test_no_cancellation_cuts_a_commit_off() -> None:
         await everyone_waits()
     assert not turn.ended
     log.go.set()
-    assert (await turn.result())["version"] == service.get(session)["version"] == 1
+    assert (await turn.result()).version == seen(service, session)["version"] == 1
 
 
 async def test_a_connection_that_is_lost_during_the_commit_leaves_it_alone() -> None:
@@ -228,7 +239,7 @@ async def test_a_connection_that_is_lost_during_the_commit_leaves_it_alone() -> 
     assert not turn.ended
     assert not following.done()  # it waits for the abandoned turn: no conflict
     log.go.set()
-    assert (await answering)["version"] == 1
+    assert (await answering).version == 1
     assert (await following)["version"] == 2
 
 
@@ -242,7 +253,7 @@ async def test_a_handler_that_is_cancelled_during_the_commit_leaves_it_alone() -
     turn.cancel()
     log.go.set()
     await turn.wait()
-    assert service.get(session)["version"] == 1
+    assert seen(service, session)["version"] == 1
 
 
 async def test_a_commit_that_cannot_be_recorded_leaves_the_last_version() -> None:
@@ -252,7 +263,7 @@ async def test_a_commit_that_cannot_be_recorded_leaves_the_last_version() -> Non
     with pytest.raises(errors.CommitFailedError, match="No space left on device") as failed:
         await turn.result()
     assert status_of(failed.value) == 507
-    view = service.get(session)
+    view = seen(service, session)
     assert (view["version"], view["tokens"], view["busy"]) == (0, 0, False)
     log.error = None
     # The rank keeps what was never published until this turn tells it what is committed.
@@ -269,7 +280,7 @@ async def test_a_later_commit_that_cannot_be_recorded_is_forgotten_by_the_rank()
     service = SessionService(engine, log=log)
     session = await open_one(service)
     await answer(service, session, say("one"))
-    committed = service.get(session)["tokens"]
+    committed = seen(service, session)["tokens"]
     log.error = OSError("no")
     with pytest.raises(errors.CommitFailedError):
         await answer(service, session, say("two"))
@@ -286,8 +297,8 @@ async def test_closing_waits_for_a_commit_under_way() -> None:
     assert not closing.done()
     assert engine.closed == []
     log.go.set()
-    assert (await closing)["version"] == 1
-    assert (await turn.result())["version"] == 1
+    assert (await closing).version == 1
+    assert (await turn.result()).version == 1
     assert engine.closed == [session]
 
 
@@ -299,9 +310,9 @@ async def test_one_writer_at_a_time_and_reads_in_between() -> None:
     with pytest.raises(errors.SessionBusyError) as busy:
         await service.append(session, say("me too"))
     assert busy.value.details == {"version": 0}
-    assert service.get(session)["busy"]
+    assert seen(service, session)["busy"]
     engine.go.set()
-    assert (await turn.result())["version"] == 1
+    assert (await turn.result()).version == 1
 
 
 async def test_an_unexpected_version_is_refused() -> None:
@@ -375,13 +386,13 @@ async def test_a_delta_beyond_the_context_is_refused_with_what_is_left() -> None
     service = SessionService(engine)
     session = await open_one(service)
     first = await answer(service, session, say("hello"))
-    left = service.get(session)["tokens_left"]
+    left = seen(service, session)["tokens_left"]
     assert left == 200 - 1 - len(engine.prompts[0]) - first["usage"]["generated_tokens"]
     with pytest.raises(errors.ContextOverflowError) as full:
-        await service.append(session, AppendBody(input_ids=[50] * (left + 1)))
+        await service.append(session, raw(input_ids=[50] * (left + 1)))
     assert full.value.details["tokens_left"] == left
     assert len(engine.requests) == 1
-    reply = await answer(service, session, AppendBody(input_ids=[50] * left))
+    reply = await answer(service, session, raw(input_ids=[50] * left))
     assert reply["usage"]["generated_tokens"] == 1
     assert reply["finish_reason"] == "length"
 
@@ -401,7 +412,7 @@ async def test_token_ids_outside_the_vocabulary_are_named() -> None:
     session = await open_one(service)
     for ids in ([5, 1200], [5, -1]):
         with pytest.raises(errors.InvalidInputError) as bad:
-            await service.append(session, AppendBody(input_ids=ids))
+            await service.append(session, raw(input_ids=ids))
         assert bad.value.param == "input_ids[1]"
 
 
@@ -411,10 +422,10 @@ async def test_a_rewinding_turn_that_aborts_loses_nothing() -> None:
     session = await open_one(service)
     await answer(service, session, say("first"))
     turn = await paused_turn(engine, service, session)
-    assert engine.requests[-1].base_len < service.get(session)["tokens"]
+    assert engine.requests[-1].base_len < seen(service, session)["tokens"]
     await turn.abort()
     # The rank has cut its transcript: what the API still has must come again.
-    text = AppendBody(text="and on", sampling={"max_tokens": 4})
+    text = raw(text="and on", sampling={"max_tokens": 4})
     reply = await answer(service, session, text)
     assert reply["version"] == 2
     assert engine.prompts[-1] == engine.prompts[0] + engine.answer_to(
@@ -510,7 +521,7 @@ async def test_a_required_call_is_constrained_to_the_tools() -> None:
     other = {"type": "function", "function": {"name": "list"}}
     session = await open_one(service, tools=[TOOL, other])
     await answer(service, session, say("find", tool_choice="required"))
-    schema = json.loads(engine.requests[0].sampling["json_schema"])
+    schema = json.loads(engine.requests[0].constraint.text)
     accepts = Draft202012Validator(schema).is_valid
     assert accepts({"name": "search", "arguments": {"q": "text"}})
     assert accepts({"name": "list", "arguments": {}})
@@ -534,7 +545,8 @@ async def test_sampling_fields_reach_the_engine_under_its_names() -> None:
         "response_format": {"type": "json_object"},
     }
     await answer(service, await open_one(service), say("hi", sampling=asked))
-    assert engine.requests[0].sampling == {
+    (request,) = engine.requests
+    assert sampling_params(request.sampling, request.constraint) == {
         "temperature": 0.5,
         "top_k": 3,
         "sampling_seed": 7,
@@ -575,18 +587,18 @@ async def test_ids_cannot_be_guessed_and_request_ids_have_one_length() -> None:
         ({"system": "S", "tools": [{"function": {"name": "f"}}]}, "system and tools"),
     ],
 )
-@pytest.mark.parametrize("raw", [{"text": "once"}, {"input_ids": [40, 41]}])
+@pytest.mark.parametrize("content", [{"text": "once"}, {"input_ids": [40, 41]}])
 async def test_raw_content_cannot_come_first_where_the_opening_needs_rendering(
-    raw: Any, opening: Any, named: str
+    content: Any, opening: Any, named: str
 ) -> None:
     engine = EngineDouble()
     service = SessionService(engine)
     session = await open_one(service, **opening)
     with pytest.raises(errors.InvalidInputError, match=f"opened with {named}, which"):
-        await answer(service, session, AppendBody(**raw))
+        await answer(service, session, raw(**content))
     assert engine.requests == []
     await answer(service, session, say("hello"))
-    await answer(service, session, AppendBody(**raw))
+    await answer(service, session, raw(**content))
 
 
 @pytest.mark.parametrize(("content_tokens", "turns"), [("text", 1), ("special", 2)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
@@ -12,7 +13,9 @@ from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
 from stateful_sglang.api.errors import BodyTooLargeError, from_validation, response_of
-from stateful_sglang.api.native.schemas import AppendBody, Body, OpenBody
+from stateful_sglang.api.native.bodies import Body
+from stateful_sglang.api.native.forms import closed_form, list_form, session_form, turn_form
+from stateful_sglang.api.native.schemas import AppendBody, OpenBody
 from stateful_sglang.api.streaming import TurnEvents, reply_or_abort
 from stateful_sglang.service.engine import TurnEngine
 from stateful_sglang.service.service import Limits, SessionService
@@ -48,31 +51,32 @@ def build_router(engine: TurnEngine, limits: Limits | None = None) -> APIRouter:
     async def open_session(request: Request) -> JSONResponse:
         """Open a session: system prompt, tools and messages, nothing computed yet."""
         body = await _body(request, OpenBody, service.max_body_bytes)
-        return JSONResponse(await service.open(body), 201)
+        return JSONResponse(session_form(await service.open(body.to_command())), 201)
 
     @router.get("/sessions")
     async def list_sessions(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> JSONResponse:
         """The sessions opened last."""
-        return JSONResponse(service.list(limit))
+        return JSONResponse(list_form(service.list(limit)))
 
     @router.get("/sessions/{session_id}")
     async def get_session(session_id: str) -> JSONResponse:
         """A session as last committed."""
-        return JSONResponse(service.get(session_id))
+        return JSONResponse(session_form(service.get(session_id)))
 
     @router.post("/sessions/{session_id}/append", openapi_extra=_body_docs(AppendBody))
     async def append(session_id: str, request: Request) -> Response:
         """Append messages, text or token ids, and generate the answer."""
         body = await _body(request, AppendBody, service.max_body_bytes)
-        turn = await service.append(session_id, body)
+        turn = await service.append(session_id, body.to_command())
+        form = partial(turn_form, output_ids=body.return_output_ids)
         if body.stream:
-            return TurnEvents(turn)
-        return JSONResponse(await reply_or_abort(turn, request.receive))
+            return TurnEvents(turn, form)
+        return JSONResponse(form(await reply_or_abort(turn, request.receive)))
 
     @router.delete("/sessions/{session_id}")
     async def close_session(session_id: str) -> JSONResponse:
         """Close a session; a turn that runs is aborted first."""
-        return JSONResponse(await service.close(session_id))
+        return JSONResponse(closed_form(await service.close(session_id)))
 
     @router.get("/tree")
     async def tree(

@@ -2,187 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Field, StringConstraints, model_validator
 
-from stateful_sglang.api.native.message_fields import cleaned
+from stateful_sglang.api.native.bodies import Body, refusal
+from stateful_sglang.api.native.messages import MessageBody, Text, ToolBody
+from stateful_sglang.api.native.sampling import SamplingBody
 from stateful_sglang.rendering.templates import RESERVED_KWARGS
-from stateful_sglang.session.bounds import INT32_MAX, SAMPLING, VERSION
-from stateful_sglang.session.messages import Head, Message, ToolCall
-
-MAX_STOPS = 16
-"""SGLang compares every generated token with every stop string."""
-
-
-def refusal(message: str, param: str = "") -> PydanticCustomError:
-    """An error of a validator; `param` names the field where the location alone does not."""
-    return PydanticCustomError("refused", "{message}", {"message": message, "param": param})
-
-
-class Body(BaseModel):
-    """Refuses unknown fields and silent conversions: a typing error is answered, not guessed at."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-def _parsed_schema(value: Any) -> Any:
-    """A schema may come as an object, or as its text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise refusal(f"not JSON: {error}") from error
-
-
-JsonSchema = Annotated[dict[str, Any], BeforeValidator(_parsed_schema)]
-"""Only parsed here: whether it is a schema takes long to find out, and is asked off the loop."""
-
-
-def _joined_text(value: Any) -> Any:
-    """Content as text; a list of text parts, as OpenAI's clients send it, is joined."""
-    if not isinstance(value, list):
-        return value
-    return "".join(_part_text(index, part) for index, part in enumerate(value))
-
-
-def _part_text(index: int, part: Any) -> str:
-    name = _TEXT_PARTS.get(part.get("type")) if isinstance(part, dict) else None
-    if name is None:
-        raise refusal("only parts of type 'text' are supported", f"[{index}]")
-    fields, unknown = cleaned("part", part, ("type", name))
-    if unknown:
-        raise refusal(_unknown("a part", unknown), f"[{index}].{unknown[0]}")
-    if not isinstance(fields.get(name), str):
-        raise refusal(f"a {part['type']} part needs the string {name!r}", f"[{index}]")
-    return str(fields[name])
-
-
-def _unknown(what: str, names: list[str]) -> str:
-    return f"{what} has no field {', '.join(map(repr, names))}; leave out what the model can't read"
-
-
-_TEXT_PARTS = {"text": "text", "refusal": "refusal"}
-"""Types of content parts that are text, and the field that holds it."""
-
-Text = Annotated[str, BeforeValidator(_joined_text)]
-Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-
-
-class Dumped(Body):
-    """A body that an SDK may have dumped: see `message_fields` for what is dropped."""
-
-    _kind: ClassVar[str]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_says_nothing(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        fields, unknown = cleaned(cls._kind, value, cls.model_fields)
-        if unknown:
-            raise refusal(_unknown(f"a {cls._kind.replace('_', ' ')}", unknown), unknown[0])
-        return fields
-
-
-class FunctionCallBody(Dumped):
-    _kind = "function"
-
-    name: Name
-    arguments: str | dict[str, Any]
-
-
-class ToolCallBody(Dumped):
-    _kind = "tool_call"
-
-    id: str = Field(min_length=1, max_length=128)
-    type: Literal["function"] = "function"
-    function: FunctionCallBody
-
-
-class MessageBody(Dumped):
-    _kind = "message"
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    """``developer`` is OpenAI's newer name of ``system``, and means the same here."""
-    content: Text | None = None
-    refusal: str | None = None
-    """The answer's text where the model declined; counts where there is no content."""
-    tool_calls: list[ToolCallBody] | None = None
-    tool_call_id: str | None = Field(default=None, max_length=128)
-    name: Name | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _explain_old_forms(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        if value.get("function_call"):
-            raise refusal(
-                "function_call is the old form of a call: send it in tool_calls, and its result as "
-                "a message of role tool",
-                "function_call",
-            )
-        # Empty means absent where the field, if it is there, must hold something.
-        empty = [name for name in ("name", "tool_call_id") if value.get(name) == ""]
-        return {name: each for name, each in value.items() if name not in empty}
-
-    @model_validator(mode="after")
-    def _consistent(self) -> MessageBody:
-        if self.tool_calls and self.role != "assistant":
-            raise refusal("only an assistant message has tool_calls")
-        if self.tool_call_id is not None and self.role != "tool":
-            raise refusal("only a tool message has a tool_call_id")
-        if self.refusal and self.role != "assistant":
-            raise refusal("only an assistant message has a refusal")
-        if self.content is None and self.role != "assistant":
-            raise refusal(f"a message of role {self.role} needs content ('' if empty)")
-        return self
-
-    def to_message(self) -> Message:
-        """As the session keeps it; arguments that are not JSON stay a string."""
-        calls = tuple(
-            ToolCall(call.id, call.function.name, _arguments(call.function.arguments))
-            for call in self.tool_calls or ()
-        )
-        role = "system" if self.role == "developer" else self.role
-        text = self.content or self.refusal or ""
-        return Message(role, text, calls, self.tool_call_id, self.name)
-
-
-def _arguments(arguments: str | dict[str, Any]) -> Any:
-    if not isinstance(arguments, str):
-        return arguments
-    if not arguments.strip():
-        return {}  # What some servers write for a call without arguments.
-    try:
-        return json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
-
-
-class FunctionBody(Body):
-    name: Name
-    description: str | None = None
-    parameters: JsonSchema | None = None
-    strict: bool | None = None
-
-
-class ToolBody(Dumped):
-    _kind = "tool"
-
-    type: Literal["function"] = "function"
-    function: FunctionBody
+from stateful_sglang.service.commands import Append, NewMessages, NewText, NewTokens, OpenSession
+from stateful_sglang.session.bounds import VERSION
+from stateful_sglang.session.messages import Head
 
 
 class OpenBody(Body):
@@ -221,70 +51,10 @@ class OpenBody(Body):
         tools = tuple(tool.model_dump(exclude_none=True) for tool in self.tools)
         return Head(self.system, tools, self.chat_template_kwargs)
 
-
-class JsonSchemaFormat(Body):
-    name: str | None = None
-    description: str | None = None
-    schema_: JsonSchema = Field(alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Body):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaFormat | None = None
-
-    @model_validator(mode="after")
-    def _has_its_schema(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise refusal("json_schema goes with type 'json_schema', and only with it")
-        return self
-
-
-StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-
-
-class SamplingBody(Body):
-    """How to generate. What is left out takes the server's default."""
-
-    max_tokens: int | None = Field(default=None, ge=1, le=INT32_MAX)
-    min_tokens: int | None = Field(default=None, **SAMPLING["min_new_tokens"].field())
-    temperature: float | None = Field(default=None, **SAMPLING["temperature"].field())
-    top_p: float | None = Field(default=None, **SAMPLING["top_p"].field())
-    top_k: int | None = Field(default=None, **SAMPLING["top_k"].field())
-    min_p: float | None = Field(default=None, **SAMPLING["min_p"].field())
-    frequency_penalty: float | None = Field(default=None, **SAMPLING["frequency_penalty"].field())
-    presence_penalty: float | None = Field(default=None, **SAMPLING["presence_penalty"].field())
-    repetition_penalty: float | None = Field(default=None, **SAMPLING["repetition_penalty"].field())
-    stop: StopText | list[StopText] | None = None
-    stop_token_ids: list[int] | None = Field(default=None, max_length=MAX_STOPS)
-    seed: int | None = Field(default=None, **SAMPLING["sampling_seed"].field())
-    ignore_eos: bool | None = None
-    json_schema: JsonSchema | None = None
-    response_format: ResponseFormat | None = None
-    regex: str | None = Field(default=None, min_length=1)
-    ebnf: str | None = Field(default=None, min_length=1)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> SamplingBody:
-        if self.top_k == 0:
-            raise refusal("-1 (off) or at least 1, not 0", "top_k")
-        if isinstance(self.stop, list) and len(self.stop) > MAX_STOPS:
-            raise refusal(f"at most {MAX_STOPS} strings", "stop")
-        if (self.min_tokens or 0) > (self.max_tokens or float("inf")):
-            raise refusal("more than max_tokens", "min_tokens")
-        if len(self.constraints()) > 1:
-            given = ", ".join(self.constraints())
-            raise refusal(f"only one constraint at a time, not {given}", given)
-        return self
-
-    def constraints(self) -> list[str]:
-        """Fields given that constrain the text."""
-        names = [
-            name for name in ("json_schema", "regex", "ebnf") if getattr(self, name) is not None
-        ]
-        if self.response_format is not None and self.response_format.type != "text":
-            names.append("response_format")
-        return names
+    def to_command(self) -> OpenSession:
+        """As the service takes it."""
+        messages = tuple(message.to_message() for message in self.messages)
+        return OpenSession(self.to_head(), messages, self.metadata)
 
 
 _CONTENT = ("messages", "text", "input_ids")
@@ -314,3 +84,23 @@ class AppendBody(Body):
         if self.tool_choice == "required" and self.sampling.constraints():
             raise refusal("'required' sets the output's schema; sampling may not", "tool_choice")
         return self
+
+    def to_command(self) -> Append:
+        """As the service takes it.
+
+        Raises:
+            InvalidInputError: A schema can't be written as JSON again.
+        """
+        return Append(
+            content=self._content(),
+            sampling=self.sampling.to_sampling(),
+            constraint=self.sampling.to_constraint(),
+            tool_choice=self.tool_choice,
+            stream=self.stream,
+            expected_version=self.expected_version,
+        )
+
+    def _content(self) -> NewMessages | NewText | NewTokens:
+        if self.messages is not None:
+            return NewMessages(tuple(message.to_message() for message in self.messages))
+        return NewText(self.text) if self.text is not None else NewTokens(self.input_ids or ())

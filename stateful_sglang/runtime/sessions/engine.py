@@ -26,6 +26,7 @@ from stateful_sglang.runtime.sessions.requests import (
     TreeSummaryReq,
     TreeSummaryReqOutput,
 )
+from stateful_sglang.runtime.sessions.sampling import sampling_params
 from stateful_sglang.runtime.sessions.tool_calls import parse_with_sglang
 from stateful_sglang.service.engine import EngineError, TurnProgress, TurnRequest
 from stateful_sglang.service.tool_calls import ParsedAnswer
@@ -216,7 +217,7 @@ class SGLangEngine:
     async def _pump(
         self, turn: TurnRequest, queue: asyncio.Queue[TurnProgress | EngineError]
     ) -> None:
-        sampling = dict(turn.sampling)
+        sampling = sampling_params(turn.sampling, turn.constraint)
         if not turn.stream:
             sampling["stream_interval"] = SPARSE_STREAM_INTERVAL
         request = TurnInput(
@@ -228,7 +229,7 @@ class SGLangEngine:
         )
         progress = None
         output_ids = array("q")
-        constrained = not sampling.keys().isdisjoint(("json_schema", "regex", "ebnf"))
+        constrained = turn.constraint is not None
         try:
             async for out in self._manager.generate_request(request, None):
                 progress = _progress(out, output_ids, constrained=constrained)
