@@ -24,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from stateful_sglang.rendering.content import ContentGuard, ContentTokens
+from stateful_sglang.rendering.stand_ins import PROBE_ARGUMENT, PROBE_CALL, stand_in, stand_ins
 from stateful_sglang.rendering.templates import (
     ChatTemplate,
     ChatTokenizer,
@@ -33,11 +34,9 @@ from stateful_sglang.session.conversation import (
     RAW_SHAPE,
     Conversation,
     Shape,
-    stand_in,
-    stand_ins,
 )
 from stateful_sglang.session.errors import InvalidInputError
-from stateful_sglang.session.messages import PROBE_ARGUMENT, PROBE_CALL, Head, Message
+from stateful_sglang.session.messages import Head, Message
 from stateful_sglang.session.transcript import Transcript
 
 _ANSWER = "zqanswer"

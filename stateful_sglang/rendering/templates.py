@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
+from stateful_sglang.rendering.stand_ins import PROBE_CALL, PROBE_NAME
 from stateful_sglang.session.errors import InvalidInputError
 from stateful_sglang.session.messages import (
-    PROBE_CALL,
-    PROBE_NAME,
     Head,
     Message,
     native_form,

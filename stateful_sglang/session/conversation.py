@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from stateful_sglang.session.messages import PROBE_CALL, Head, Message
+from stateful_sglang.session.messages import Head, Message
 from stateful_sglang.session.shared import Shared
 
 Shape = tuple[tuple[str, ...], ...]
@@ -77,22 +77,3 @@ def kind_of(message: Message) -> str:
         # Where the prompt opens the block already, the answer only closes it.
         kind += "+think" if "<think>" in text else "+thought"
     return kind
-
-
-def stand_ins(shape: Shape) -> list[Message]:
-    """A short conversation of this shape, with invented words."""
-    return [stand_in(kind, "zqearlier") for step in shape for kind in step]
-
-
-def stand_in(kind: str, words: str) -> Message:
-    """One message of a kind, as `kind_of` names it, saying `words`."""
-    role, *flags = kind.split("+")
-    if role == "tool":
-        return Message(role, words, tool_call_id=PROBE_CALL.id, name=PROBE_CALL.name)
-    if role != "assistant":
-        return Message(role, words)
-    if "think" in flags:
-        words = f"<think>\nzqthought\n</think>\n\n{words}"
-    elif "thought" in flags:
-        words = f"zqthought\n</think>\n\n{words}"
-    return Message(role, words, (PROBE_CALL,) if "calls" in flags else ())

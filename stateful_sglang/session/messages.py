@@ -20,13 +20,6 @@ class ToolCall:
     """Parsed JSON, normally an object."""
 
 
-PROBE_NAME = "zqprobe"
-"""A word that no template contains, as the next one."""
-PROBE_ARGUMENT = "zqargument"
-PROBE_CALL = ToolCall(id="zq0000000", name=PROBE_NAME, arguments={"zq": PROBE_ARGUMENT})
-"""Its id is nine alphanumerics: some templates insist."""
-
-
 @dataclass(frozen=True)
 class Message:
     """One message of a conversation, text only."""
