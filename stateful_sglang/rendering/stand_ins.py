@@ -1,4 +1,4 @@
-"""Invented messages that stand for a history of the same shape, where rendering it would be long."""
+"""Invented messages that stand for a history of the same shape, which may be long."""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 from engine_double import EngineDouble
@@ -13,10 +15,14 @@ from session_server import app_of
 from stateful_sglang.api import errors as api_errors
 from stateful_sglang.api.native import schemas
 from stateful_sglang.api.native.bodies import Body
+from stateful_sglang.api.native.message_fields import IGNORED_FIELDS
+from stateful_sglang.service.engine import EngineError, ErrorKind
+from stateful_sglang.service.failures import turn_failed
 from stateful_sglang.service.results import Usage
 from stateful_sglang.session import errors as session_errors
 
-PAGE = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "http-api.md").read_text(encoding="utf-8")
 
 
 def table(heading: str) -> list[list[str]]:
@@ -73,14 +79,52 @@ async def test_a_session_and_a_turn_have_the_fields_that_are_listed() -> None:
         assert {"delta", "done"} == events == set(names("Streams")) - {"error"}
 
 
+def test_the_fields_of_messages_that_are_ignored_are_listed_with_the_reason() -> None:
+    listed = [
+        (of.replace(" ", "_"), name.strip("`"), why) for of, name, why in table("Ignored fields")
+    ]
+    assert listed == [
+        (of, name, why) for of, fields in IGNORED_FIELDS.items() for name, why in fields.items()
+    ]
+
+
 def test_every_error_is_listed_with_its_status() -> None:
-    kinds = [
-        kind
+    listed = {row[0].strip("`"): int(row[1]) for row in table("Errors")}
+    assert listed == api_errors.STATUS
+
+
+def test_every_error_that_can_be_raised_has_a_status() -> None:
+    kinds = {
+        kind.kind
         for module in (session_errors, api_errors)
         for kind in vars(module).values()
         if isinstance(kind, type)
         and issubclass(kind, session_errors.SessionError)
         and kind is not session_errors.SessionError
-    ]
-    listed = {row[0].strip("`"): int(row[1]) for row in table("Errors")}
-    assert {kind.kind for kind in kinds} <= set(listed)
+    }
+    of_the_engine = {turn_failed(EngineError(kind, "x"), None).kind for kind in get_args(ErrorKind)}
+    assert kinds | of_the_engine == set(api_errors.STATUS)
+
+
+def test_the_tree_has_the_fields_that_are_listed() -> None:
+    from prefix_rig import Rig  # brings SGLang, which nothing else on this page needs
+
+    from stateful_sglang.prefix.policies.base import EvictionClass
+    from stateful_sglang.runtime.sessions.requests import TreeSummaryReq
+    from stateful_sglang.runtime.sessions.scheduler import SchedulerSessions
+    from stateful_sglang.runtime.tree.cache import NodeInfo
+
+    sessions = SchedulerSessions(SimpleNamespace(tree_cache=Rig().tree, draft_worker=None))
+    whole = sessions.summarise(TreeSummaryReq(rid="a", stateful_session=None, limit=1))
+    assert list(whole.summary) == names("The tree")
+    path = sessions.summarise(TreeSummaryReq(rid="b", stateful_session="s", limit=1))
+    assert list(path.summary) == names("One session's path")
+    assert list(NodeInfo._fields) == names("A node")
+    kinds = dict(row[:2] for row in table("The tree"))["`evicted_tokens`"]
+    assert re.findall(r"`(\w+)`", kinds) == [kind.name.lower() for kind in EvictionClass]
+
+
+def test_links_lead_to_pages_that_exist() -> None:
+    links = re.findall(r"\]\(([^)#]+)", PAGE)
+    assert "constraints.md" in links
+    assert [link for link in links if not (DOCS / link).is_file()] == []
