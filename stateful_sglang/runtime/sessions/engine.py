@@ -227,20 +227,25 @@ class SGLangEngine:
             stream=True,
             turn=TurnOrigin(turn),
         )
-        progress = None
-        output_ids = array("q")
         constrained = turn.constraint is not None
+        output_ids = array("q")
+        over = False
         try:
+            # To its end, whatever it reports: SGLang tidies up behind its last report.
             async for out in self._manager.generate_request(request, None):
-                progress = _progress(out, output_ids, constrained=constrained)
-                queue.put_nowait(progress)
-        except EngineError as error:
-            queue.put_nowait(error)
+                try:
+                    progress = _progress(out, output_ids, constrained=constrained)
+                except EngineError as error:
+                    queue.put_nowait(error)
+                    over = True
+                else:
+                    queue.put_nowait(progress)
+                    over = progress.finish is not None
         except Exception as error:
             logger.exception("turn %s failed", turn.rid)
             queue.put_nowait(EngineError("broken", f"{type(error).__name__}: {error}"))
         else:
-            if progress is None or progress.finish is None:
+            if not over:
                 ended = "SGLang ended the request without a finish reason"
                 queue.put_nowait(EngineError("broken", ended))
 

@@ -1,0 +1,122 @@
+"""The adapter between SGLang's reports and the engine port, with SGLang's manager scripted."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stateful_sglang.cpu.platform import prepare
+
+prepare()
+
+from stateful_sglang.runtime.sessions.engine import (  # noqa: E402 - SGLang comes after prepare()
+    SGLangEngine,
+)
+from stateful_sglang.service.engine import (  # noqa: E402
+    EngineError,
+    Finish,
+    TurnProgress,
+    TurnRequest,
+)
+from stateful_sglang.service.sampling import Constraint, Sampling  # noqa: E402
+
+pytestmark = pytest.mark.anyio
+
+TURN = TurnRequest("s", "rid", 3, array("q", [7]), Sampling(max_tokens=5, seed=1))
+
+
+class Manager:
+    """Reports what it is told to report, and notes what it was asked."""
+
+    tokenizer = None
+    model_config = SimpleNamespace(vocab_size=100, hf_eos_token_id=None)
+
+    def __init__(self, *reports: dict[str, Any] | Exception, parser: str | None = None) -> None:
+        self.reports = reports
+        self.parser = parser
+        self.requests: list[Any] = []
+        self.rid_to_state: dict[str, Any] = {}
+        self.read_to_its_end = False
+
+    def config_value(self, name: str) -> str | None:
+        return self.parser if name == "tool_call_parser" else None
+
+    async def generate_request(self, request: Any, _: None) -> AsyncIterator[dict[str, Any]]:
+        self.requests.append(request)
+        for report in self.reports:
+            if isinstance(report, Exception):
+                raise report
+            yield report
+        self.read_to_its_end = True
+
+
+def report(finish: dict[str, Any] | None = None, *output_ids: int) -> dict[str, Any]:
+    meta = {"prompt_tokens": 4, "cached_tokens": 3, "finish_reason": finish}
+    return {"text": "x" * len(output_ids), "output_ids": list(output_ids), "meta_info": meta}
+
+
+async def run(manager: Any, turn: TurnRequest = TURN) -> list[TurnProgress]:
+    return [progress async for progress in SGLangEngine(manager).run(turn)]
+
+
+async def test_reports_become_progress_up_to_the_finish() -> None:
+    manager = Manager(report(None, 5), report({"type": "stop", "matched": 2}, 5, 2))
+    first, last = await run(manager)
+    assert (first.finish, last.finish) == (None, Finish("stop", 2))
+    assert (last.output_ids.tolist(), last.cached_tokens, last.decode_steps) == ([5, 2], 3, 1)
+    (request,) = manager.requests
+    assert request.sampling_params == {"max_new_tokens": 5, "sampling_seed": 1}
+    assert (request.rid, request.input_ids) == ("rid", [7])
+
+
+@pytest.mark.parametrize(
+    ("reports", "kind"),
+    [
+        ([report(None, 5), report({"type": "abort", "status_code": 503})], "overloaded"),
+        ([report(None, 5), {"error": {"message": "m", "code": 400}}], "invalid"),
+        ([report({"type": "abort", "status_code": 409, "err_type": "stale_base"})], "stale_base"),
+        ([report(None, 5)], "broken"),
+        ([], "broken"),
+        ([report(None, 5), RuntimeError("the scheduler died")], "broken"),
+    ],
+)
+async def test_a_bad_end_is_raised_with_its_kind(reports: Any, kind: str) -> None:
+    manager = Manager(*reports)
+    with pytest.raises(EngineError) as ended:
+        await run(manager)
+    assert ended.value.kind == kind
+    assert manager.read_to_its_end != any(isinstance(each, Exception) for each in reports)
+
+
+async def test_a_refused_constraint_is_named_by_the_turns_field() -> None:
+    message = "Failed to compile regex grammar: too much"
+    manager = Manager(report({"type": "abort", "message": message, "status_code": 400}))
+    turn = TurnRequest("s", "rid", 0, array("q", [7]), Sampling(), Constraint("regex", "x"))
+    with pytest.raises(EngineError) as refused:
+        await run(manager, turn)
+    assert (refused.value.kind, refused.value.field) == ("invalid", "constraint")
+    assert manager.requests[0].sampling_params == {"regex": "x"}
+
+
+async def test_tool_calls_are_parsed_where_the_server_names_a_parser() -> None:
+    tools = [{"type": "function", "function": {"name": "search"}}]
+    text = '<tool_call>\n{"name": "search", "arguments": {"q": "a"}}\n</tool_call>'
+    assert SGLangEngine(Manager()).parse_tool_calls(text, tools) is None
+    parsed = SGLangEngine(Manager(parser="qwen25")).parse_tool_calls(text, tools)
+    assert parsed is not None
+    assert [(call.name, call.arguments) for call in parsed.calls] == [("search", {"q": "a"})]
+
+
+async def test_a_tree_that_is_not_described_in_time_is_overload() -> None:
+    async def silent(session_id: str | None, limit: int) -> dict[str, Any]:
+        raise TimeoutError
+
+    manager: Any = Manager()
+    manager.tree_summary = silent
+    with pytest.raises(EngineError, match="did not describe its tree in time") as late:
+        await SGLangEngine(manager).tree_summary(None, 5)
+    assert late.value.kind == "overloaded"
