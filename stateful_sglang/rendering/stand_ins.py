@@ -1,4 +1,4 @@
-"""Invented messages that stand for a history of the same shape, which may be long."""
+"""Invented messages that stand for a history of the same shape: rendering it would be long."""
 
 from __future__ import annotations
 
