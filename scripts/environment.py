@@ -6,6 +6,7 @@ Standard library only: this runs before anything is installed.
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import shutil
@@ -95,15 +96,15 @@ class Environment:
         return [item["metadata"]["name"].lower() for item in report["install"]]
 
     def has(self, requirements: Iterable[str]) -> bool:
-        """Whether these packages are installed, in the version pinned where one is."""
+        """Whether these packages are installed, in a version that each requirement allows."""
         installed = {}
         for info in self.folder.glob("lib/python*/site-packages/*.dist-info"):
             name, _, version = info.name.removesuffix(".dist-info").rpartition("-")
-            installed[_normalised(name)] = version.split("+")[0]
+            installed[_normalised(name)] = version
         for requirement in requirements:
-            name, _, pin = requirement.partition("==")
-            version = installed.get(_normalised(re.split("[<>=!~;[]", name)[0].strip()))
-            if version is None or (pin and version != pin.split("+")[0].strip()):
+            name = re.split("[<>=!~;[]", requirement)[0].strip()
+            version = installed.get(_normalised(name))
+            if version is None or not _allows(requirement, version):
                 return False
         return True
 
@@ -120,3 +121,19 @@ class Environment:
 def _normalised(name: str) -> str:
     """A package's name as packaging tools compare it."""
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _allows(requirement: str, version: str) -> bool:
+    """Whether a version lies in a requirement's bounds, local parts (`+cpu`) left out."""
+    compare = {"==": operator.eq, ">=": operator.ge, "<": operator.lt}
+    found = _release(version)
+    bounds = re.findall(r"(==|>=|<)\s*([^,;\s]+)", requirement.split(";")[0])
+    return all(compare[sign](found, _release(bound)) for sign, bound in bounds)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """A version's numbers, trailing zeros left out: `0.2.10+cpu` as (0, 2, 10)."""
+    numbers = [int(digits) for digits in re.findall(r"\d+", version.split("+")[0])]
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)

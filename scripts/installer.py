@@ -28,6 +28,7 @@ from torch_choice import (  # noqa: E402
     choose_cpu_torch,
     detect_profile,
     requirements,
+    torch_builds,
 )
 
 from stateful_sglang import SGLANG_VERSION  # noqa: E402
@@ -61,6 +62,7 @@ def stages(
             print(f"    {chosen.note}", flush=True)
         extra = ["--extra-index-url", chosen.index] if chosen.index else []
         env.pip(*extra, chosen.requirement, progress=progress)
+        env.pip("--no-deps", *extra, chosen.torchvision, progress=progress)
 
     def cpu_requirements() -> None:
         env.pip("-c", REQUIREMENTS / "torch.txt", "-r", REQUIREMENTS / "cpu.txt", progress=progress)
@@ -82,13 +84,19 @@ def stages(
         pins = ["-c", REQUIREMENTS / "torch.txt"] if profile == "cpu" else []
         env.pip(*pins, "-e", f"{ROOT}{extras}", progress=progress)
 
+    builds = (REQUIREMENTS / "torch-builds.txt").read_text()
     base = f"{sys.version_info[:2]} {profile} {SGLANG_VERSION} {args.torch_index_url}"
     if profile == "cuda":
         name = f"sglang {SGLANG_VERSION}, its ordinary install"
-        engine = [Stage(name, base, cuda_sglang, (sglang, *requirements("torch.txt")))]
+        engine = [Stage(name, base, cuda_sglang, (sglang, torch_builds()[0].torch))]
     else:
         engine = [
-            stage("torch for the CPU", "torch.txt", cpu_torch, base),
+            Stage(
+                "torch for the CPU",
+                base + builds,
+                cpu_torch,
+                (*requirements("torch.txt"), "torchvision"),
+            ),
             stage("what SGLang needs to serve text", "cpu.txt", cpu_requirements),
             stage(f"sglang {SGLANG_VERSION}", "cpu-no-deps.txt", cpu_sglang, sglang),
         ]

@@ -18,10 +18,19 @@ class InstallError(Exception):
     """A stage failed; the message is for a person."""
 
 
+class TorchBuild(NamedTuple):
+    """A release of torch that SGLang accepts."""
+
+    torch: str
+    torchvision: str
+
+
 class TorchChoice(NamedTuple):
     """Which torch to install."""
 
     requirement: str
+    torchvision: str
+    """The release that was built for it."""
     index: str | None
     """An index to ask beside those of the user's pip."""
     note: str | None
@@ -34,10 +43,9 @@ def requirements(file: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def pinned(file: str) -> str:
-    """The single requirement in a requirements file."""
-    (line,) = requirements(file)
-    return line
+def torch_builds() -> list[TorchBuild]:
+    """What may be installed, newest first; the first one is what SGLang pins."""
+    return [TorchBuild(*line.split()) for line in requirements("torch-builds.txt")]
 
 
 def detect_profile() -> str:
@@ -53,22 +61,33 @@ def detect_profile() -> str:
 
 
 def choose_cpu_torch(resolve: Callable[..., list[str] | None], index: str | None) -> TorchChoice:
-    """The torch for a machine without a GPU: a CPU build wherever one can be found.
+    """The torch for a machine without a GPU: the newest CPU build that can be found.
 
-    `resolve(requirement, index=..., deps=...)` gives the names that pip would install, or None.
+    The CUDA build is several GB of what no CPU calls, so an older release with a CPU build is
+    better. `resolve(requirement, index=..., deps=...)` gives the names that pip would install, or
+    None.
     """
-    base = pinned("torch.txt")
-    cpu_build = f"{base}+cpu"
-    for extra in (index, None) if index else (None, PYTORCH_CPU_INDEX):
-        if resolve(cpu_build, index=extra, deps=False) is not None:
-            return TorchChoice(cpu_build, extra, None)
-    names = resolve(base, index=index, deps=True)
-    if names is None:
-        raise InstallError(f"no {base} was found on any index that pip is set up for")
-    if any(name.startswith(ACCELERATOR_PACKAGES) for name in names):
-        note = (
-            f"no CPU build of {base} was found, only the CUDA build: going on with that "
-            "(several GB more). --torch-index-url names an index with a CPU build."
-        )
-        return TorchChoice(base, index, note)
-    return TorchChoice(base, index, None)
+    builds = torch_builds()
+    pinned = builds[0].torch
+    instead = f"no CPU build of {pinned}, which SGLang pins, was found: "
+    for build in builds:
+        cpu_build = f"{build.torch}+cpu"
+        for extra in (index, None) if index else (None, PYTORCH_CPU_INDEX):
+            if resolve(cpu_build, index=extra, deps=False) is not None:
+                note = None if build.torch == pinned else f"{instead}{cpu_build} serves as well"
+                return TorchChoice(cpu_build, build.torchvision, extra, note)
+    for build in builds:
+        names = resolve(build.torch, index=index, deps=True)
+        if names is None:
+            continue
+        note = None
+        if any(name.startswith(ACCELERATOR_PACKAGES) for name in names):
+            note = (
+                f"no CPU build of torch was found, only the CUDA build of {build.torch}: going on "
+                "with that (several GB more). --torch-index-url names an index with a CPU build."
+            )
+        elif build.torch != pinned:
+            note = f"{instead}{build.torch} serves as well"
+        return TorchChoice(build.torch, build.torchvision, index, note)
+    accepted = ", ".join(build.torch for build in builds)
+    raise InstallError(f"none of {accepted} was found on any index that pip is set up for")

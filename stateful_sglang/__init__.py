@@ -2,5 +2,5 @@
 
 __version__ = "0.1.0"
 
-SGLANG_VERSION = "0.5.21"
+SGLANG_VERSION = "0.5.23"
 """The one SGLang release this package is built on and fingerprinted against."""

@@ -29,13 +29,3 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def pin_of(package: str) -> str:
-    """The version that our requirement files pin `package` to."""
-    for file in sorted(REQUIREMENTS.glob("*.txt")):
-        for line in file.read_text().splitlines():
-            name, equals, version = line.partition("==")
-            if equals and name.strip() == package:
-                return version.strip()
-    raise LookupError(f"{package} is pinned in no file of {REQUIREMENTS}")

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from stateful_sglang import SGLANG_VERSION, __version__
-from stateful_sglang.doctor.finding import INSTALL, REQUIREMENTS, Finding, pin_of, version_of
+from stateful_sglang.doctor.finding import INSTALL, REQUIREMENTS, Finding, version_of
 from stateful_sglang.runtime import options
 
 SHOWN_PACKAGES = ("transformers", "torchvision", "xgrammar", "numpy")
@@ -33,16 +33,24 @@ def python() -> Finding:
 
 
 def torch() -> Finding:
-    expected = pin_of("torch")
+    from packaging.requirements import Requirement
+
+    (line,) = _lines("torch.txt")
+    accepted = Requirement(line).specifier
+    pinned, *_ = _lines("torch-builds.txt")[0].removeprefix("torch==").split()
     try:
         import torch
     except (ImportError, OSError) as error:
         first = str(error).splitlines()[0]
         return Finding("torch", "fail", f"cannot be imported: {first}", INSTALL)
     found = str(torch.__version__)
-    if found.split("+")[0] != expected:
-        return Finding("torch", "fail", f"{found}, SGLang needs {expected}", INSTALL)
-    return Finding("torch", "ok", f"{found}, {torch.get_num_threads()} threads")
+    release = found.split("+")[0]
+    if not accepted.contains(release, prereleases=True):
+        return Finding("torch", "fail", f"{found}, SGLang needs {accepted}", INSTALL)
+    threads = f"{torch.get_num_threads()} threads"
+    if release == pinned:
+        return Finding("torch", "ok", f"{found}, {threads}")
+    return Finding("torch", "ok", f"{found} (SGLang accepts {accepted}), {threads}")
 
 
 def sglang() -> Finding:
@@ -92,20 +100,32 @@ def packages() -> Finding:
     from packaging.requirements import Requirement
 
     wrong = []
-    for file in ("cpu.txt", "cpu-no-deps.txt"):
-        for line in (REQUIREMENTS / file).read_text().splitlines():
-            if not line or line.startswith("#"):
-                continue
-            wanted = Requirement(line)
-            version = version_of(wanted.name)
-            if version is None:
-                wrong.append(f"{wanted.name} is missing")
-            elif not wanted.specifier.contains(version, prereleases=True):
-                wrong.append(f"{wanted.name} is {version}, not {wanted.specifier}")
+    for line in (*_lines("cpu.txt"), *_lines("cpu-no-deps.txt"), *_torchvision()):
+        wanted = Requirement(line)
+        version = version_of(wanted.name)
+        if version is None:
+            wrong.append(f"{wanted.name} is missing")
+        elif not wanted.specifier.contains(version, prereleases=True):
+            wrong.append(f"{wanted.name} is {version}, not {wanted.specifier}")
     if wrong:
         return Finding("packages", "fail", "; ".join(wrong), INSTALL)
     shown = ", ".join(f"{name} {version_of(name)}" for name in SHOWN_PACKAGES)
     return Finding("packages", "ok", shown)
+
+
+def _torchvision() -> list[str]:
+    """The torchvision that goes with the installed torch: its operators are bound to one minor."""
+    minor = (version_of("torch") or "").split("+")[0].split(".")[:2]
+    for line in _lines("torch-builds.txt"):
+        torch, torchvision = line.split()
+        if torch.removeprefix("torch==").split(".")[:2] == minor:
+            return [torchvision.rpartition(".")[0] + ".*"]
+    return ["torchvision"]
+
+
+def _lines(file: str) -> list[str]:
+    lines = (REQUIREMENTS / file).read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def attachments() -> Finding:

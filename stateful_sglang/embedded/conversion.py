@@ -1,9 +1,9 @@
 """Turns the embedded GGUF into a checkpoint that SGLang loads. Run as a process by `model.py`.
 
-Weights go through `transformers`, which de-quantises them. The tokenizer does not: the GGUF reader
-of transformers 5.12.1 takes `<|im_start|>` for the end token, leaves out the digit splitting of the
-`smollm` pre-tokenizer and decodes as if the vocabulary were Llama's. It is built here from the
-vocabulary and merges in the file, after SmolLM2's published tokenizer.json.
+Weights go through `transformers`, which de-quantises them. The tokenizer does not: what its GGUF
+reader makes of one changes with its release (up to 5.12 another end token, no splitting of digits,
+Llama's decoding). It is built here from the vocabulary and merges in the file, after SmolLM2's
+published tokenizer.json.
 
 Progress is one line a stage on standard output.
 """
@@ -80,9 +80,16 @@ def convert(gguf: Path, out: Path) -> None:
 
     transformers.utils.logging.disable_progress_bar()
     _stage("de-quantising the weights")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
+    read = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=transformers.GgufConfig(dequantize=True),
     )
+    # What comes from a GGUF counts as quantised for ever, and is not saved: a plain model is.
+    model = transformers.AutoModelForCausalLM.from_config(read.config, dtype=torch.bfloat16)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
     _stage("writing the checkpoint")
     model.save_pretrained(out)
     _stage("writing the tokenizer")

@@ -84,10 +84,10 @@ def test_missing_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions(monkeypatch, sglang="0.5.22")
+    versions(monkeypatch, sglang="0.5.21")
     found = finding("sglang")
     assert found.verdict == "fail"
-    assert "0.5.22" in found.found
+    assert "0.5.21" in found.found
     assert f"sglang=={software.SGLANG_VERSION}" in found.remedy
 
 
@@ -101,11 +101,27 @@ def test_torch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not healthy(findings)
 
 
-def test_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.__version__", "2.12.0")
+@pytest.mark.parametrize("version", ["2.10.1", "2.15.0+cpu"])
+def test_a_torch_that_sglang_does_not_accept(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.__version__", version)
     found = finding("torch")
     assert found.verdict == "fail"
-    assert "2.12.0" in found.found
+    assert version in found.found
+
+
+@pytest.mark.parametrize("version", ["2.11.0+cpu", "2.14.1", "2.14.2"])
+def test_every_torch_that_sglang_accepts_is_sound(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.__version__", version)
+    assert finding("torch").verdict == "ok"
+
+
+def test_a_torchvision_of_another_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions(monkeypatch, torch="2.13.0+cpu", torchvision="0.29.1")
+    found = finding("packages")
+    assert found.verdict == "fail"
+    assert "torchvision is 0.29.1, not ==0.28.*" in found.found
 
 
 def test_a_missing_and_a_wrong_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

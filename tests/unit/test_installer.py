@@ -30,8 +30,8 @@ torch_choice = load("torch_choice")
 environment = load("environment")
 installer = load("installer")
 
-CPU_BUILD = torch_choice.pinned("torch.txt") + "+cpu"
-PLAIN = torch_choice.pinned("torch.txt")
+NEWEST, SECOND, THIRD = torch_choice.torch_builds()[:3]
+PLAIN, CPU_BUILD = NEWEST.torch, f"{NEWEST.torch}+cpu"
 
 
 class Indexes:
@@ -48,7 +48,8 @@ class Indexes:
 
 def test_a_cpu_build_on_the_users_index_is_taken_and_no_other_index_asked() -> None:
     pip = Indexes({(CPU_BUILD, None): ["torch"], (PLAIN, None): ["torch", "nvidia-cublas"]})
-    assert torch_choice.choose_cpu_torch(pip.resolve, None) == (CPU_BUILD, None, None)
+    choice = torch_choice.choose_cpu_torch(pip.resolve, None)
+    assert choice == (CPU_BUILD, NEWEST.torchvision, None, None)
     assert pip.asked == [(CPU_BUILD, None)]
 
 
@@ -57,10 +58,33 @@ def test_the_index_given_comes_first() -> None:
     assert torch_choice.choose_cpu_torch(pip.resolve, "https://i").index == "https://i"
 
 
-def test_pytorchs_own_index_is_asked_before_a_cuda_build_is_taken() -> None:
+def test_pytorchs_own_index_is_asked_before_an_older_or_a_cuda_build_is_taken() -> None:
     own = torch_choice.PYTORCH_CPU_INDEX
-    pip = Indexes({(CPU_BUILD, own): ["torch"], (PLAIN, None): ["torch", "nvidia-cublas"]})
-    assert torch_choice.choose_cpu_torch(pip.resolve, None) == (CPU_BUILD, own, None)
+    older = f"{SECOND.torch}+cpu"
+    pip = Indexes(
+        {
+            (CPU_BUILD, own): ["torch"],
+            (older, None): ["torch"],
+            (PLAIN, None): ["torch", "nvidia-cublas"],
+        }
+    )
+    choice = torch_choice.choose_cpu_torch(pip.resolve, None)
+    assert choice == (CPU_BUILD, NEWEST.torchvision, own, None)
+
+
+def test_without_a_cpu_build_of_the_pin_the_newest_other_is_taken_and_said() -> None:
+    build = f"{SECOND.torch}+cpu"
+    pip = Indexes(
+        {
+            (PLAIN, None): ["torch", "nvidia-cublas"],
+            (build, None): ["torch"],
+            (f"{THIRD.torch}+cpu", None): ["torch"],
+        }
+    )
+    choice = torch_choice.choose_cpu_torch(pip.resolve, None)
+    assert (choice.requirement, choice.torchvision) == (build, SECOND.torchvision)
+    assert PLAIN in choice.note
+    assert build in choice.note
 
 
 def test_where_only_the_cuda_build_is_to_be_had_it_is_taken_and_said() -> None:
@@ -72,12 +96,26 @@ def test_where_only_the_cuda_build_is_to_be_had_it_is_taken_and_said() -> None:
 
 def test_a_plain_torch_that_needs_no_cuda_is_taken_silently() -> None:
     pip = Indexes({(PLAIN, None): ["torch", "numpy"]})
-    assert torch_choice.choose_cpu_torch(pip.resolve, None) == (PLAIN, None, None)
+    choice = torch_choice.choose_cpu_torch(pip.resolve, None)
+    assert choice == (PLAIN, NEWEST.torchvision, None, None)
 
 
 def test_no_torch_at_all_is_an_error() -> None:
-    with pytest.raises(torch_choice.InstallError, match="no torch=="):
+    with pytest.raises(torch_choice.InstallError, match="none of torch=="):
         torch_choice.choose_cpu_torch(Indexes({}).resolve, None)
+
+
+def test_every_torch_that_may_be_installed_is_one_that_sglang_accepts() -> None:
+    from packaging.requirements import Requirement
+
+    (line,) = torch_choice.requirements("torch.txt")
+    accepted = Requirement(line)
+    releases = [build.torch.removeprefix("torch==") for build in torch_choice.torch_builds()]
+    assert all(accepted.specifier.contains(release) for release in releases)
+    assert releases == sorted(releases, key=lambda r: [*map(int, r.split("."))], reverse=True)
+    assert all(
+        build.torchvision.startswith("torchvision==") for build in torch_choice.torch_builds()
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +190,7 @@ def test_a_change_reruns_its_stage_and_those_after_it(env) -> None:
 def test_a_stage_whose_package_is_gone_or_another_is_run_again(env) -> None:
     site = env.folder / "lib/python3.11/site-packages"
     ran: list[str] = []
-    brings = ("Some_Package==1.2", "other.one>=3", "torch==2.13.0+cpu")
+    brings = ("Some_Package==1.2", "other.one>=3", "torch>=2.11,<2.15")
     stage = installer.Stage("packages", "1", lambda: ran.append("packages"), brings)
 
     def install(*names: str) -> None:
@@ -166,7 +204,13 @@ def test_a_stage_whose_package_is_gone_or_another_is_run_again(env) -> None:
     installer.run_stages([stage], env, quiet)
     installer.run_stages([stage], env, quiet)
     assert ran == ["packages"]
-    for broken in (sound[1:], ("some_package-1.3", *sound[1:])):
+    for broken in (
+        sound[1:],
+        ("some_package-1.3", *sound[1:]),
+        (*sound[:1], "other_one-2.9", *sound[2:]),
+        (*sound[:2], "torch-2.15.0+cpu"),
+        (*sound[:2], "torch-2.9.1+cpu"),
+    ):
         ran.clear()
         install(*broken)
         installer.run_stages([stage], env, quiet)
@@ -223,7 +267,7 @@ def test_the_cpu_profile_lets_no_requirement_replace_torch(
     monkeypatch.setattr(env, "resolve", lambda requirement, index, deps: ["torch"])
     for stage in installer.stages(env, options(), "cpu", quiet):
         stage.run()
-    assert asked[0] == CPU_BUILD
+    assert asked[:2] == [CPU_BUILD, f"--no-deps {NEWEST.torchvision}"]
     (engine,) = [line for line in asked if "sglang==" in line]
     assert engine.startswith("--no-deps ")
     (rest,) = [line for line in asked if "cpu.txt" in line]

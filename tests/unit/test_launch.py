@@ -83,7 +83,7 @@ def test_other_arguments_are_sglangs_in_their_order() -> None:
 
 def test_another_sglang_is_refused_by_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight.metadata, "version", lambda name: "0.5.9")
-    with pytest.raises(LaunchError, match=r"SGLang 0\.5\.9 is installed.*exactly 0\.5\.21"):
+    with pytest.raises(LaunchError, match=r"SGLang 0\.5\.9 is installed.*exactly 0\.5\.23"):
         preflight.require_sglang()
 
 

@@ -46,11 +46,11 @@ def test_sglang_finds_a_cpu_engine_with_our_ops() -> None:
         from stateful_sglang.cpu.platform import prepare
         assert prepare() is prepare()
         from sglang.srt.utils import is_cpu
-        import sglang.srt.speculative.eagle_utils as eagle
-        import sglang.srt.speculative.ngram_worker as ngram
+        import sglang.kernels.ops.speculative.reconstruct_tree as reconstruct_tree
+        import sglang.kernels.ops.speculative.spec_tree as spec_tree
         from stateful_sglang.cpu.standin import tree_ops
-        assert eagle.sgl_verify_tree_greedy_cpu is tree_ops.verify_tree_greedy_cpu
-        assert ngram.reconstruct_indices_from_tree_mask is (
+        assert spec_tree.sgl_verify_tree_greedy_cpu is tree_ops.verify_tree_greedy_cpu
+        assert reconstruct_tree.reconstruct_indices_from_tree_mask is (
             tree_ops.reconstruct_indices_from_tree_mask
         )
         print(is_cpu())
