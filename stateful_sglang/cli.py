@@ -68,14 +68,38 @@ def doctor(
         ),
     ] = None,
     cache_dir: CacheDir = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="WHEEL_OR_FOLDER",
+            help="Check nothing here; compare every attachment with this release of SGLang.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Check everything a server needs; exit status 1 with the remedy when something would fail."""
+    if against is not None:
+        raise typer.Exit(_compare_with(against))
     from stateful_sglang import doctor as examination
     from stateful_sglang.server.address import DEFAULT_PORT
 
     checks = examination.examine(DEFAULT_PORT if port is None else port, cache_dir)
     findings = examination.render(checks)
     raise typer.Exit(0 if examination.healthy(findings) else 1)
+
+
+def _compare_with(release: Path) -> int:
+    from stateful_sglang.attachments import against
+    from stateful_sglang.attachments.sources import ReleaseError, open_release
+
+    try:
+        other = open_release(release)
+        rows = against.compare(other)
+    except ReleaseError as error:
+        print(f"stateful-sglang: {error}", file=sys.stderr)
+        return 1
+    print(against.report(rows, other.name))
+    return 0 if all(row.verdict == "holds" for row in rows) else 1
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Every place where we touch SGLang, with a fingerprint of the source each one relies on.
 
 A row is made where the attachment is made (each room's ``ATTACHMENTS``), gathered by
-:mod:`~stateful_sglang.runtime.catalogue` and committed with its fingerprint in
+:mod:`~stateful_sglang.server.catalogue` and committed with its fingerprint in
 ``table.json``. Every server process compares the committed fingerprints with the installed
 SGLang before it attaches anything; a mismatch stops it: running on source that was never tested
 is worse than not running.
@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.util
 import json
 from dataclasses import dataclass
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from stateful_sglang import SGLANG_VERSION
+from stateful_sglang.attachments import sources
+from stateful_sglang.attachments.sources import Sources
 
 TABLE = Path(__file__).with_name("table.json")
 
@@ -30,7 +30,7 @@ class Attachment:
 
     target: str
     """Dotted path of the module, class, function or method whose source we rely on."""
-    kind: Literal["registry", "hook", "subclass", "patch"]
+    kind: Literal["registry", "hook", "subclass", "patch", "relies"]
     reason: str
 
 
@@ -51,29 +51,28 @@ class FingerprintMismatchError(RuntimeError):
     """The installed SGLang is not the source that our attachments were tested with."""
 
 
-def fingerprint(target: str) -> str | None:
+def fingerprint(target: str, release: Sources | None = None) -> str | None:
     """SHA-256 (16 hex digits) of the target's syntax tree, or None if there is no such target.
 
     Comments, blank lines and formatting don't count; the module is read, never imported, so that
     the check needs neither torch nor a working SGLang.
+
+    Args:
+        target: See :attr:`Attachment.target`.
+        release: Where to look; without it, in the installed SGLang.
     """
-    parts = target.split(".")
-    for cut in range(len(parts), 0, -1):
-        tree = _module_tree(".".join(parts[:cut]))
-        if tree is not None:
-            node = _find(tree, parts[cut:])
-            return None if node is None else _digest(node)
-    return None
+    node = (release or sources.installed()).find(target)
+    return None if node is None else _digest(node)
 
 
-def check() -> list[AttachmentStatus]:
-    """Compare every committed fingerprint with the installed SGLang, importing none of it."""
+def check(release: Sources | None = None) -> list[AttachmentStatus]:
+    """Compare every committed fingerprint with a release (the installed one), importing nothing."""
     rows = json.loads(TABLE.read_text(encoding="utf-8"))
     return [
         AttachmentStatus(
             Attachment(row["target"], row["kind"], row["reason"]),
             row["fingerprint"],
-            fingerprint(row["target"]),
+            fingerprint(row["target"], release),
         )
         for row in rows
     ]
@@ -101,42 +100,6 @@ def require_match() -> None:
             f"The installed SGLang {installed} differs from the source that stateful_sglang was "
             f"tested with:\n  {names}\nReinstall sglang=={SGLANG_VERSION} unmodified."
         )
-
-
-@cache
-def _module_tree(module: str) -> ast.Module | None:
-    """Parse a module without importing it: its parent packages are located on disk."""
-    root, *rest = module.split(".")
-    spec = importlib.util.find_spec(root)
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    path = Path(next(iter(spec.submodule_search_locations))).joinpath(*rest)
-    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
-        if candidate.is_file() and (rest or candidate.name == "__init__.py"):
-            return ast.parse(candidate.read_text(encoding="utf-8"))
-    return None
-
-
-def _find(node: ast.AST, names: list[str]) -> ast.AST | None:
-    for name in names:
-        body: list[ast.stmt] = getattr(node, "body", [])
-        found = next((child for child in body if _defines(child, name)), None)
-        if found is None:
-            return None
-        node = found
-    return node
-
-
-def _defines(statement: ast.stmt, name: str) -> bool:
-    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return statement.name == name
-    if isinstance(statement, ast.Assign):
-        return any(isinstance(t, ast.Name) and t.id == name for t in statement.targets)
-    return (
-        isinstance(statement, ast.AnnAssign)
-        and isinstance(statement.target, ast.Name)
-        and statement.target.id == name
-    )
 
 
 def _digest(node: ast.AST) -> str:

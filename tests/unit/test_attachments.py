@@ -21,7 +21,7 @@ def test_every_committed_fingerprint_holds_for_the_installed_sglang() -> None:
 
 def test_the_committed_table_lists_exactly_what_the_rooms_attach() -> None:
     ran = subprocess.run(
-        [sys.executable, "-m", "stateful_sglang.runtime.catalogue"], capture_output=True, text=True
+        [sys.executable, "-m", "stateful_sglang.server.catalogue"], capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
 
@@ -50,6 +50,6 @@ def test_a_changed_upstream_function_is_named_in_the_error(tmp_path, monkeypatch
 
 
 def test_another_sglang_release_is_refused(monkeypatch) -> None:
-    monkeypatch.setattr(attachments.metadata, "version", lambda _name: "0.5.22")
-    with pytest.raises(FingerprintMismatchError, match=r"0\.5\.22 is installed.*exactly 0\.5\.21"):
+    monkeypatch.setattr(attachments.metadata, "version", lambda _name: "0.5.21")
+    with pytest.raises(FingerprintMismatchError, match=r"0\.5\.21 is installed.*exactly 0\.5\.23"):
         attachments.require_match()
