@@ -25,7 +25,7 @@ from sglang.srt.mem_cache.allocator import (  # noqa: E402
 )
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams  # noqa: E402
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams  # noqa: E402
-from sglang.srt.mem_cache.common import release_kv_cache  # noqa: E402
+from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache  # noqa: E402
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool  # noqa: E402
 from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402, F401 - for tests that count
 from sglang.srt.mem_cache.unified_cache.components import ComponentType  # noqa: E402
@@ -116,24 +116,25 @@ class Rig:
     def admit(self, req: Req) -> bool:
         """Match, lock, allocate and prefill; a request that doesn't fit is dropped."""
         req.init_next_round_input(self.tree)
-        receipt = self.tree.inc_lock_ref(req.last_node)
-        req.lock_receipt = receipt.to_dec_params()
+        req.lock = self.tree.lock(req.last_node)
         fill = len(req.full_untruncated_fill_ids)
-        held = len(req.prefix_indices)
-        self.check_slots(req.full_untruncated_fill_ids, req.prefix_indices)
+        held = req.prefix_len
+        found = self.tree.prefix_device_indices(req)
+        self.check_slots(req.full_untruncated_fill_ids, found)
         slots = self._allocate(self._pages(fill) - held)
         if slots is None:
-            self.tree.dec_lock_ref(req.last_node, req.lock_receipt)
+            self.tree.unlock(req.lock)
+            req.lock = None
             self.turns.pop(req.rid, None)
             return False
-        req.set_extend_range(held, fill)
+        req.extend_end = fill
         (row,) = self.rows.alloc([req])
-        self.rows.write((row, slice(0, held)), req.prefix_indices)
+        self.rows.write((row, slice(0, held)), found)
         self.rows.write((row, slice(held, fill)), slots[: fill - held])
         self._compute(req, held, fill)
         req.kv.kv_committed_len = req.kv.kv_allocated_len = fill
         self.running.append(req)
-        self.tree.cache_unfinished_req(req)
+        checkpoint_kv_cache(req, self.tree)
         return True
 
     def decode(self, req: Req, tokens: Sequence[int]) -> bool:
@@ -167,7 +168,7 @@ class Rig:
 
     def retract(self, req: Req) -> None:
         """Give up the request's KV for now; ``admit`` resumes it."""
-        release_kv_cache(req, self.tree, is_insert=False)
+        release_kv_cache(req, self.tree, checkpoint=False)
         self.running.remove(req)
         req.reset_for_retract()
 
@@ -256,7 +257,7 @@ class Rig:
 
     def _release(self, req: Req, reason: Any) -> None:
         req.finished_reason = reason
-        release_kv_cache(req, self.tree)
+        release_kv_cache(req, self.tree, checkpoint=True)
         self.running.remove(req)
         self.turns.pop(req.rid, None)
 

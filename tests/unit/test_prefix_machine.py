@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from hypothesis.stateful import (
     rule,
 )
 from prefix_rig import Rig
+from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from stateful_sglang.prefix.policies import POLICIES
 
@@ -53,6 +55,7 @@ class CardinalTreeMachine(RuleBasedStateMachine):
         )
         self.rig.after_eviction = self.forget_evicted
         self.sessions: dict[str, Session] = {}
+        self.checked: dict[str, int] = {}
         self.opened = 0
 
     def forget_evicted(self) -> None:
@@ -107,7 +110,8 @@ class CardinalTreeMachine(RuleBasedStateMachine):
         turn = self.rig.turns.get(req.rid)
         generated = list(req.output_ids)
         computed = req.kv.kv_committed_len
-        delivered = round(share * len(generated))
+        # A stop lies among the tokens since the last check; what a resumed request had was checked.
+        delivered = max(round(share * len(generated)), self.checked.get(req.rid, 0))
         self.rig.finish(req, delivered)
         if turn is not None:
             session = self.sessions[turn.session_id]
@@ -130,12 +134,17 @@ class CardinalTreeMachine(RuleBasedStateMachine):
         turn = self.rig.turns.get(req.rid)
         self.rig.retract(req)
         self.rig.evict(wanted)
+        self.checked[req.rid] = len(req.output_ids)
         resumed = self.rig.admit(req)
         if turn is not None:
             session = self.sessions[turn.session_id]
             session.busy = resumed
             if resumed:
                 self.settle_prefill(session, turn.base_len)
+
+    @rule(tokens=TOKENS)
+    def refresh_a_waiting_request(self, tokens: list[int]) -> None:
+        self.rig.tree.touch_prefix(RadixKey(array("q", tokens)))
 
     @precondition(lambda self: self.sessions)
     @rule(data=st.data())

@@ -40,7 +40,7 @@ def test_a_shared_prefix_counts_both_sessions_and_one_after_the_other_closes() -
     rig = Rig()
     rig.turn("a", [], [*TRUNK, 5001, 5002], [7, 8, 9])
     computed = rig.start([*TRUNK, 6001], "b")
-    assert len(computed.prefix_indices) == 1501
+    assert computed.kv.cache_protected_len == 1501
     assert computed.kv.kv_committed_len == 1501
     rig.decode(computed, [7, 8])
     rig.finish(computed)
@@ -523,3 +523,35 @@ def test_broken_logits_are_told_whatever_a_request_stops_at() -> None:
     assert req.finished_reason.to_json()["matched"] == "NaN happened"
     assert logits_broke(req)
     assert not ended_well(req)
+
+
+def test_a_good_turn_that_is_barred_from_the_tree_leaves_its_sessions_leaf_where_it_was() -> None:
+    rig = Rig()
+    said = rig.turn("a", [], list(range(20)), [30, 31])
+    before = rig.tree.session_path("a")
+    req = rig.start([*said, 40], "a", len(said))
+    rig.decode(req, [50, 51])
+    # SGLang bars a request whose state it cannot cut at the stop, such as a recurrent one.
+    req.skip_radix_cache_insert = True
+    rig.finish(req)
+    rig.check()
+    assert sum(n.tokens for n in rig.tree.session_path("a")) == len(said) - 1
+    assert [n.depth for n in rig.tree.session_path("a")] == [n.depth for n in before]
+    rig.turn("a", [*said, 40, 50, 51], [60], [61])
+    rig.check()
+    assert sum(n.tokens for n in rig.tree.session_path("a")) == len(said) + 4
+
+
+def test_touching_a_waiting_prefix_makes_it_recent_and_moves_no_leaf() -> None:
+    rig = Rig(pool_tokens=200, pin_budget=0.0)
+    rig.plain(list(range(100, 140)))
+    rig.plain(list(range(200, 240)))
+    said = rig.turn("a", [], list(range(20)), [30, 31])
+    leaf = rig.tree.session_path("a")
+    rig.tree.touch_prefix(RadixKey(array("q", [*said, 99])))
+    rig.tree.touch_prefix(RadixKey(array("q", range(100, 140))))
+    assert rig.tree.session_path("a") == leaf
+    rig.evict(40)
+    rig.check()
+    assert rig.cached(list(range(100, 140))) == 40
+    assert rig.cached(list(range(200, 240))) == 0

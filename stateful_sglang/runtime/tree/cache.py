@@ -17,8 +17,6 @@ from typing import Any, NamedTuple, Protocol
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_MATCHED_STR
 from sglang.srt.mem_cache.base_prefix_cache import (
-    InsertParams,
-    InsertResult,
     MatchPrefixParams,
     MatchResult,
 )
@@ -50,6 +48,7 @@ BACKEND = "cardinal"
 _NAN_MARK = "NaN happened"
 _CACHE = "sglang.srt.mem_cache"
 _TREE = f"{_CACHE}.unified_radix_cache.UnifiedRadixCache"
+_REQ = "sglang.srt.managers.schedule_batch.Req"
 ATTACHMENTS = (
     *component.ATTACHMENTS,
     Attachment(
@@ -64,18 +63,18 @@ ATTACHMENTS = (
     ),
     Attachment(
         f"{_CACHE}.registry.create_unified_radix_cache",
-        "subclass",
+        "relies",
         "builds our cache class with the model's components",
     ),
     Attachment(
         f"{_CACHE}.cache_init_params.CacheInitParams",
-        "subclass",
+        "relies",
         "carries our full-attention component and tree core into the cache",
     ),
     Attachment(
         f"{_CACHE}.common.release_kv_cache",
-        "subclass",
-        "the order insert, free, unlock, on_release is what lets a failed turn insert nothing",
+        "relies",
+        "the order checkpoint, free, unlock, on_release lets a failed turn leave nothing",
     ),
     Attachment(
         f"{_TREE}.__init__", "subclass", "builds components from the override, then the tree core"
@@ -84,33 +83,93 @@ ATTACHMENTS = (
         f"{_TREE}.match_prefix", "subclass", "a turn's session ends at the turn's base from here on"
     ),
     Attachment(
-        f"{_TREE}.cache_unfinished_req", "subclass", "a recomputed base counts again after prefill"
+        f"{_TREE}.checkpoint_into_tree",
+        "subclass",
+        "a recomputed base counts again after prefill; a turn that ended well moves its session's "
+        "leaf to the node that the request's lock moved to; one that failed is not inserted",
+    ),
+    Attachment(f"{_TREE}.on_release", "subclass", "what a failed turn left in the tree is dead"),
+    Attachment(
+        f"{_TREE}.checkpoint",
+        "relies",
+        "only a streaming session of SGLang's own comes between it and checkpoint_into_tree",
     ),
     Attachment(
-        f"{_TREE}.insert_req",
-        "subclass",
-        "a turn that ended well moves its session's leaf to where its first insert ended",
+        f"{_TREE}._match_tree", "relies", "a match moves no lock and applies its own cache actions"
     ),
     Attachment(
-        "sglang.srt.managers.schedule_batch.Req.output_ids_through_stop",
-        "subclass",
+        f"{_TREE}.touch_prefix",
+        "relies",
+        "waiting requests are matched past match_prefix: recency rises, no session's leaf moves",
+    ),
+    Attachment(
+        "sglang.srt.managers.schedule_policy.SchedulePolicy._touch_waiting_prefixes",
+        "relies",
+        "when waiting requests are matched that way",
+    ),
+    Attachment(
+        f"{_TREE}._apply_cache_actions",
+        "relies",
+        "what a split or a match of the tree core asks of the cache is done at once",
+    ),
+    Attachment(
+        f"{_CACHE}.common.checkpoint_kv_cache",
+        "relies",
+        "a running request is checkpointed after each chunk and at the end of its prefill",
+    ),
+    Attachment(
+        f"{_REQ}.owned_kv_len",
+        "relies",
+        "nothing beyond the stop is inserted, though speculation may have computed it",
+    ),
+    Attachment(
+        f"{_REQ}.output_ids_through_stop",
+        "relies",
         "where a committed turn's output ends",
     ),
     Attachment(
-        "sglang.srt.managers.schedule_batch.Req._check_vocab_boundary_finish",
-        "subclass",
+        f"{_REQ}._check_vocab_boundary_finish",
+        "relies",
         "NaN logits finish as a matched string, which we don't commit",
     ),
     Attachment(
-        "sglang.srt.managers.schedule_batch.Req._check_str_based_finish",
-        "subclass",
+        f"{_REQ}._check_str_based_finish",
+        "relies",
         "a stop string that matched is the request's own object, which NaN logits' is not",
     ),
-    Attachment(f"{_TREE}.insert", "subclass", "reports the leaf an insert ended on"),
-    Attachment(f"{_TREE}.on_release", "subclass", "what a failed turn left in the tree is dead"),
-    Attachment(f"{_TREE}.sanity_check", "subclass", "SGLang's own part of the integrity check"),
-    Attachment(f"{_TREE}._evict_components", "subclass", "drives our component's eviction walk"),
-    Attachment(f"{_TREE}._reset_full", "subclass", "a flush resets the components' session state"),
+    Attachment(f"{_TREE}.sanity_check", "relies", "SGLang's own part of the integrity check"),
+    Attachment(f"{_TREE}._evict_components", "relies", "drives our component's eviction walk"),
+    Attachment(f"{_TREE}._reset_full", "relies", "a flush resets the components' session state"),
+    Attachment(
+        "sglang.srt.mem_cache.base_prefix_cache.MatchPrefixParams",
+        "relies",
+        "what a match is asked with",
+    ),
+    Attachment(
+        "sglang.srt.mem_cache.base_prefix_cache.MatchResult",
+        "relies",
+        "what a match answers",
+    ),
+    Attachment(
+        "sglang.srt.mem_cache.registry.TreeCacheBuildContext",
+        "relies",
+        "what our tree is built from",
+    ),
+    Attachment(
+        "sglang.srt.managers.schedule_batch.FINISH_ABORT",
+        "relies",
+        "how a request says that it was given up",
+    ),
+    Attachment(
+        "sglang.srt.managers.schedule_batch.FINISH_MATCHED_STR",
+        "relies",
+        "how a request says which string ended it",
+    ),
+    Attachment(
+        "sglang.srt.mem_cache.unified_cache.tree_core_registry.registered_tree_core_backends",
+        "registry",
+        "our tree core is registered once a process",
+    ),
 )
 
 
@@ -181,7 +240,6 @@ class CardinalPrefixTree(UnifiedRadixCache):
         self._paths.budget = budget if policy.keeps_pins else 0
         self._eviction_policy = eviction_policy
         self._turn_of: Callable[[str], Turn | None] = lambda rid: None
-        self._first_insert: tuple[int, int] | None = None
 
     def bind_sessions(self, turn_of: Callable[[str], Turn | None]) -> None:
         """Tell the tree where to ask for the turn of a request.
@@ -222,49 +280,31 @@ class CardinalPrefixTree(UnifiedRadixCache):
             self.truncate_session(turn.session_id, turn.base_len)
         return super().match_prefix(params)
 
-    def cache_unfinished_req(self, req: Any, chunked: bool = False, **kwargs: Any) -> None:
-        """Cache a prefill as SGLang does; a base that had to be recomputed counts again."""
-        super().cache_unfinished_req(req, chunked=chunked, **kwargs)
-        if (turn := self._turn_of(req.rid)) is not None and not self.disable:
-            self._reclaim_base(req, turn)
+    def checkpoint_into_tree(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
+        """Insert what a request computed, as SGLang does, and count its session.
 
-    def insert_req(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
-        """Insert a finished request; a turn that ended well moves its session's leaf.
-
-        Speculation can compute past the stop: nothing beyond the transcript is inserted. A turn
-        that ended badly inserts nothing at all: what its prefill left stays, uncounted.
+        After a prefill, a base that had to be recomputed counts again. A turn that ended well moves
+        its session's leaf to where the insert ended; one that ended badly inserts nothing: what its
+        prefill left stays, uncounted.
         """
         turn = self._turn_of(req.rid)
         if turn is None or self.disable:
-            super().insert_req(req, up_to=up_to, **kwargs)
-            return
-        if not ended_well(req):
+            super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
+        elif not req.finished():
+            super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
+            self._reclaim_base(req, turn)
+        elif ended_well(req):
+            super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
+            if end := req.kv.cache_protected_len:
+                leaf = self.tree_core.node_by_id(req.last_node)
+                self._paths.commit(turn.session_id, leaf, end)
+        else:
             for each in self._components_tuple:
                 each.cleanup_after_caching_req(req, is_finished=True)
-            return
-        committed = len(req.origin_input_ids) + len(req.output_ids_through_stop)
-        # A hybrid's recurrent state stands for exactly up_to tokens: there only the leaf is cut.
-        if len(self._components_tuple) == 1:
-            up_to = min(up_to, max(committed, req.kv.cache_protected_len))
-        self._first_insert = None
-        super().insert_req(req, up_to=up_to, **kwargs)
-        if self._first_insert is None:
-            return
-        leaf_id, end = self._first_insert
-        if end:
-            self._paths.commit(turn.session_id, self.tree_core.node_by_id(leaf_id), end)
-            self.truncate_session(turn.session_id, committed)
 
-    def insert(self, params: InsertParams) -> InsertResult:
-        """Insert as SGLang does, noting the leaf: the first insert of a finished request."""
-        result = super().insert(params)
-        if self._first_insert is None and not result.rotation_tail_declined and not self.disable:
-            self._first_insert = (result.last_device_node, len(params.key))
-        return result
-
-    def on_release(self, req: Any, *, inserted: bool) -> None:
+    def on_release(self, req: Any, *, checkpointed: bool) -> None:
         """Settle a released request; what a failed turn left in the tree is dead at once."""
-        super().on_release(req, inserted=inserted)
+        super().on_release(req, checkpointed=checkpointed)
         if self._turn_of(req.rid) is None or req.finished_reason is None or ended_well(req):
             return
         node = self.tree_core.find(req.last_node) if req.last_node is not None else None

@@ -33,7 +33,7 @@ _CACHE = "sglang.srt.mem_cache.unified_cache"
 _CORE = f"{_CACHE}.unified_tree_core.UnifiedTreeCore"
 _FULL = f"{_CACHE}.components.full.FullComponent"
 ATTACHMENTS = (
-    Attachment(f"{_CORE}.reset", "subclass", "the node arena and the set of evictable leaves"),
+    Attachment(f"{_CORE}.reset", "relies", "the node arena and the set of evictable leaves"),
     Attachment(f"{_CORE}._new_node", "subclass", "nodes carry cardinality and pins"),
     Attachment(
         f"{_CORE}._split_node", "subclass", "both parts keep the counts and the time of last use"
@@ -48,9 +48,12 @@ ATTACHMENTS = (
         "subclass",
         "the one place that deletes a node: its sessions end above it",
     ),
-    Attachment(f"{_CORE}._match_post_processor", "subclass", "recency rises along a matched path"),
-    Attachment(f"{_CORE}._insert_walk_step", "subclass", "recency rises along an inserted path"),
-    Attachment(f"{_CORE}.evict_device_leaf", "subclass", "deletes or demotes the node we selected"),
+    Attachment(f"{_CORE}._match_post_processor", "relies", "recency rises along a matched path"),
+    Attachment(f"{_CORE}._insert_walk_step", "relies", "recency rises along an inserted path"),
+    Attachment(
+        f"{_CORE}._touch_node", "relies", "what a use of a node is: the time of its last access"
+    ),
+    Attachment(f"{_CORE}.evict_device_leaf", "relies", "deletes or demotes the node we selected"),
     Attachment(f"{_FULL}.evict_component", "subclass", "counts evicted tokens by class"),
     Attachment(f"{_FULL}._evict_device_start", "subclass", "replaced: no scan of all leaves"),
     Attachment(f"{_FULL}._evict_device_next_node", "subclass", "replaced: our order of eviction"),
@@ -58,12 +61,22 @@ ATTACHMENTS = (
         f"{_FULL}._evict_device_end", "subclass", "replaced: what was not evicted is queued again"
     ),
     Attachment(
-        f"{_FULL}.release_component_lock", "subclass", "an unlocked leaf becomes evictable again"
+        f"{_FULL}.release_component_lock", "relies", "an unlocked leaf becomes evictable again"
     ),
     Attachment(
         f"{_CACHE}.components.base.TreeComponent.reset_session_state",
         "subclass",
         "called on start and flush: paths and queue start anew",
+    ),
+    Attachment(
+        "sglang.srt.mem_cache.radix_cache.RadixKey",
+        "relies",
+        "keys of nodes: their length, their slices, salt and extra key",
+    ),
+    Attachment(
+        "sglang.srt.mem_cache.unified_cache.unified_tree_core.UnifiedTreeNode",
+        "subclass",
+        "nodes carry cardinality, pins and depth",
     ),
 )
 
@@ -147,11 +160,14 @@ class CardinalFullComponent(FullComponent):
         node: CardinalNode,
         device_frees: dict[ComponentType, list[torch.Tensor]],
         host_frees: dict[ComponentType, list[torch.Tensor]],
+        cache_actions: list[CacheAction | ComponentAction],
         target: EvictLayer = EvictLayer.DEVICE,
     ) -> tuple[int, int]:
         """Free the node's KV and count what kind of node was lost. Returns tokens freed
         (device, host)."""
-        freed, host_freed = super().evict_component(node, device_frees, host_frees, target)
+        freed, host_freed = super().evict_component(
+            node, device_frees, host_frees, cache_actions, target
+        )
         if freed:
             kind = node.facts.kind
             self.evicted_tokens[kind] += freed
@@ -177,6 +193,7 @@ class CardinalFullComponent(FullComponent):
         tracker: dict[ComponentType, int],
         device_frees: dict[ComponentType, list[torch.Tensor]],
         host_frees: dict[ComponentType, list[torch.Tensor]],
+        cache_actions: list[CacheAction | ComponentAction],
     ) -> int | None:
         if tracker[self.component_type] >= self._wanted_tokens:
             return None
