@@ -32,6 +32,7 @@ def arguments(**given: Any) -> Any:
         "enable_dp_attention": False,
         "disaggregation_mode": "null",
         "enable_two_batch_overlap": False,
+        "enable_watermark": False,
     }
     return SimpleNamespace(**(defaults | given))
 
@@ -61,6 +62,8 @@ def test_what_it_was_never_tested_with_is_refused_by_name() -> None:
     draft_spec.validate(arguments())
     with pytest.raises(ValueError, match="--pp-size"):
         draft_spec.validate(arguments(pp_size=2))
+    with pytest.raises(ValueError, match="--enable-watermark"):
+        draft_spec.validate(arguments(enable_watermark=True))
 
 
 @pytest.mark.parametrize("width", [1, 8, 9, 18, 65])

@@ -81,6 +81,9 @@ def batch_info(chosen: list[Settings]) -> SamplingBatchInfo:
         need_top_p_sampling=any(s.top_p != 1.0 for s in chosen),
         need_top_k_sampling=any(s.top_k != TOP_K_ALL for s in chosen),
         need_min_p_sampling=any(s.min_p > 0 for s in chosen),
+        max_top_k=max(s.top_k for s in chosen)
+        if all(s.top_k < TOP_K_ALL for s in chosen)
+        else None,
         vocab_size=VOCAB,
         logit_bias=torch.tensor(rows) if biased else None,
         device="cpu",
@@ -220,6 +223,21 @@ def test_requests_of_one_batch_keep_their_own_settings(table: torch.Tensor) -> N
     emitted = verified(table, chosen, [0] * 2 * count, chains, at_once=False)
     assert all(tokens == [best[0], best[best[0]]] for tokens in emitted[::2])
     assert len({tuple(tokens) for tokens in emitted[1::2]}) == VOCAB
+
+
+def test_a_batchs_bound_on_top_k_holds_for_its_rows(table: torch.Tensor) -> None:
+    torch.manual_seed(3)
+    count = 500
+    emitted = verified(
+        table,
+        [Settings(top_k=1), Settings(top_k=3)] * count,
+        [0] * 2 * count,
+        [[]] * 2 * count,
+        at_once=False,
+    )
+    likeliest = table[0].argsort(descending=True).tolist()
+    assert {token for tokens in emitted[::2] for token in tokens} == {likeliest[0]}
+    assert {token for tokens in emitted[1::2] for token in tokens} == set(likeliest[:3])
 
 
 def test_a_penalty_counts_for_the_first_row_of_its_request_only(table: torch.Tensor) -> None:

@@ -42,19 +42,39 @@ ATTACHMENTS = (
         "a turn leaves the API process as our append request",
     ),
     Attachment(
+        f"{_MANAGER}.tokenized_generate_req_type",
+        "relies",
+        "the type that our append request takes its fields from",
+    ),
+    Attachment(
+        f"{_MANAGER}._dispatch_to_scheduler",
+        "relies",
+        "close and tree requests leave the API process as SGLang's own do",
+    ),
+    Attachment(
         f"{_MANAGER}.generate_request",
-        "subclass",
+        "relies",
         "turns use SGLang's own path for validation, streaming, logging and metrics",
     ),
     Attachment(
         f"{_MANAGER}.abort_request",
-        "subclass",
+        "relies",
         "a lost client aborts its turn; the engine waits until the scheduler let go of it",
     ),
     Attachment(
         "sglang.srt.entrypoints.engine.init_tokenizer_manager",
-        "subclass",
+        "relies",
         "SGLang's launcher takes the tokenizer manager's class as an argument",
+    ),
+    Attachment(
+        "sglang.srt.function_call.function_call_parser.FunctionCallParser.parse_non_stream",
+        "relies",
+        "finds the calls in what a model wrote, by the model's own parser",
+    ),
+    Attachment(
+        "sglang.srt.entrypoints.openai.protocol.Tool",
+        "relies",
+        "tools as that parser takes them",
     ),
 )
 

@@ -37,8 +37,18 @@ ATTACHMENTS = (
     ),
     Attachment(
         f"{_SCHEDULER}.Scheduler.handle_generate_request",
-        "subclass",
+        "relies",
         "an append becomes an ordinary request once its history is put before the delta",
+    ),
+    Attachment(
+        f"{_SCHEDULER}.Scheduler._handle_generate_request",
+        "relies",
+        "what becomes of that request: its checks, its aborts, its place in the queue",
+    ),
+    Attachment(
+        f"{_SCHEDULER}.Scheduler._create_generation_req",
+        "relies",
+        "the request object keeps the rid by which its turn is found",
     ),
     Attachment(
         f"{_STREAMER}.stream_output",
@@ -49,6 +59,16 @@ ATTACHMENTS = (
         f"{_SCHEDULER}._make_abort_req",
         "hook",
         "the only message that ends a request which never reached the output streamer",
+    ),
+    Attachment(
+        "sglang.utils.TypeBasedDispatcher",
+        "relies",
+        "our requests are added to SGLang's dispatcher",
+    ),
+    Attachment(
+        "sglang.srt.plugins.hook_registry.HookRegistry.register",
+        "registry",
+        "every hook of ours is registered by it",
     ),
 )
 

@@ -40,6 +40,21 @@ ATTACHMENTS = (
         "tokens a step on, the last reservation writes into the next request's row",
     ),
     *draft_input.ATTACHMENTS,
+    Attachment(
+        "sglang.srt.managers.overlap_utils.FutureMap.__init__",
+        "relies",
+        "the map that SGLang makes for its own algorithms",
+    ),
+    Attachment(
+        "sglang.srt.mem_cache.allocation_sizing.get_alloc_page_size",
+        "relies",
+        "the size of what is reserved before a step",
+    ),
+    Attachment(
+        "sglang.srt.mem_cache.allocation_sizing.get_alloc_reserve_per_decode",
+        "relies",
+        "how much is reserved before a step",
+    ),
 )
 
 
@@ -83,6 +98,9 @@ class PromptLookup(CustomSpecAlgo):
         server_args.disable_overlap_schedule = True
         server_args.enable_mixed_chunk = False
 
+    def get_platform_worker_cls(self) -> None:
+        """No platform brings a worker of its own for it."""
+
     def create_worker(self, server_args: Any) -> type:
         """The worker class."""
         return self.factory(server_args)
@@ -99,6 +117,7 @@ def validate(server_args: Any) -> None:
         "--enable-dp-attention": bool(server_args.enable_dp_attention),
         "--disaggregation-mode": server_args.disaggregation_mode != "null",
         "--enable-two-batch-overlap": bool(server_args.enable_two_batch_overlap),
+        "--enable-watermark": bool(server_args.enable_watermark),
     }
     for argument, given in refused.items():
         if given:

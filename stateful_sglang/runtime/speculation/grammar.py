@@ -17,12 +17,12 @@ from stateful_sglang.attachments.check import Attachment
 ATTACHMENTS = (
     Attachment(
         "sglang.srt.constrained.base_grammar_backend.BaseGrammarObject",
-        "subclass",
+        "relies",
         "a draft is walked through the grammar and the walk is taken back",
     ),
     Attachment(
         "sglang.srt.constrained.xgrammar_backend.XGrammarGrammar",
-        "subclass",
+        "relies",
         "rollback(0) empties its record and 200 tokens is its limit: neither is reached",
     ),
 )

@@ -23,18 +23,44 @@ from stateful_sglang.attachments.check import Attachment
 ATTACHMENTS = (
     Attachment(
         "sglang.srt.layers.sampler.Sampler.forward",
-        "subclass",
+        "relies",
         "verified rows are sampled by the sampler of plain decoding",
     ),
     Attachment(
         "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo",
-        "subclass",
+        "relies",
         "its rows are picked for the verified rows, its biases applied as before plain sampling",
     ),
     Attachment(
+        "sglang.srt.model_executor.model_runner.ModelRunner.sample",
+        "relies",
+        "what plain decoding does around the sampler: nothing that verification would have to "
+        "repeat but watermarks, which are refused",
+    ),
+    Attachment(
+        "sglang.srt.speculative.spec_sampling_mask.validate_spec_sampling_mask_request",
+        "relies",
+        "requests for the sampling's support are refused beside drafts: no row of it is picked",
+    ),
+    Attachment(
         "sglang.srt.model_executor.model_runner.ModelRunner._preprocess_logits",
-        "subclass",
+        "relies",
         "the order of biases that verification repeats for every row",
+    ),
+    Attachment(
+        "sglang.srt.constrained.base_grammar_backend.GrammarMask",
+        "relies",
+        "masks of several rows and how they are applied",
+    ),
+    Attachment(
+        "sglang.srt.layers.logits_processor.LogitsProcessorOutput",
+        "relies",
+        "what the sampler is given",
+    ),
+    Attachment(
+        "sglang.srt.utils.async_probe.sanitize_nan_logits",
+        "relies",
+        "what plain decoding does to broken logits first",
     ),
 )
 
@@ -161,7 +187,10 @@ class RowSampler:
 
 
 def rows_of(info: SamplingBatchInfo, requests: torch.Tensor) -> SamplingBatchInfo:
-    """Sampling settings with one row for each of `requests`; biases are left out as applied."""
+    """Sampling settings with one row for each of `requests`; biases are left out as applied.
+
+    `max_top_k` bounds the whole batch, hence any of its rows; watermarks are refused at start.
+    """
     seed = info.sampling_seed
     return dataclasses.replace(
         info,
@@ -176,4 +205,9 @@ def rows_of(info: SamplingBatchInfo, requests: torch.Tensor) -> SamplingBatchInf
         has_custom_logit_processor=False,
         custom_logit_processor=None,
         custom_params=None,
+        watermark_keys=None,
+        watermark_context_windows=None,
+        watermark_enabled=None,
+        watermark_candidates_host=None,
+        has_watermark_candidates=False,
     )

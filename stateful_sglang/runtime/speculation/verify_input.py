@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.mem_cache.kv_loc_plan import IdSpaceKind
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
 
 from stateful_sglang.attachments.check import Attachment
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
+    from sglang.srt.mem_cache.kv_loc_plan import KVLocPlan
 
 ALGORITHM = "PROMPT_LOOKUP"
 """Name by which SGLang knows the algorithm that these inputs belong to."""
@@ -29,6 +34,26 @@ ATTACHMENTS = (
         "get_spec_info",
         "hook",
         "CUDA graphs of the verify step are captured with a verify input of ours",
+    ),
+    Attachment(
+        "sglang.srt.mem_cache.kv_loc_plan.window_read_extent",
+        "relies",
+        "reads draft_token_num of every verify input: ours names its longest request",
+    ),
+    Attachment(
+        "sglang.srt.speculative.ngram_info.NgramVerifyInput.generate_attn_arg_prefill",
+        "relies",
+        "the arguments that FlashInfer calls it with, and the layout it expects, are ours",
+    ),
+    Attachment(
+        "sglang.srt.mem_cache.kv_index_translator.KVIndexTranslator.pack_read_stream",
+        "relies",
+        "fills the KV indices of FlashInfer's layout",
+    ),
+    Attachment(
+        "sglang.srt.mem_cache.kv_loc_plan.KVLocPlan",
+        "relies",
+        "names the KV that FlashInfer's layout is filled from",
     ),
 )
 
@@ -70,19 +95,24 @@ class LookupVerifyInput(LookupInput):
 
     @property
     def draft_token_num(self) -> int:
-        """Tokens of every request, where SGLang's backends know one width only."""
-        return self.num_tokens_per_req
+        """Most tokens of a request: SGLang reads at most so far past what is committed."""
+        return max(self.verify_lens, default=self.num_tokens_per_req)
 
     def generate_attn_arg_prefill(
         self,
+        *,
         req_pool_indices: torch.Tensor,
         paged_kernel_lens: torch.Tensor,
         paged_kernel_lens_sum: int,
-        req_to_token: torch.Tensor,
+        translator: KVIndexTranslator,
+        plan: KVLocPlan,
+        kind: IdSpaceKind = IdSpaceKind.FULL,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
-        """FlashInfer's layout of a verify step: KV indices, KV and query offsets, no mask."""
-        from sglang.kernels.ops.attention.utils import create_flashinfer_kv_indices_triton
+        """FlashInfer's layout of a verify step: KV indices, KV and query offsets, no mask.
 
+        `paged_kernel_lens` are the tokens before the step; `translator` names their slots, and
+        those of the step, as the pool `kind` indexes them.
+        """
         width, count = self.num_tokens_per_req, len(req_pool_indices)
         device = req_pool_indices.device
         query_offsets = torch.arange(
@@ -94,14 +124,13 @@ class LookupVerifyInput(LookupInput):
         kv_indices = torch.empty(
             paged_kernel_lens_sum + width * count, dtype=torch.int32, device=device
         )
-        create_flashinfer_kv_indices_triton[(count,)](
-            req_to_token,
-            req_pool_indices,
-            lens,
-            kv_offsets,
-            None,
-            kv_indices,
-            req_to_token.size(1),
+        translator.pack_read_stream(
+            plan,
+            req_pool_indices=req_pool_indices,
+            seq_lens=lens,
+            indptr=kv_offsets,
+            out=kv_indices,
+            kind=kind,
         )
         return kv_indices, kv_offsets, query_offsets, None
 

@@ -41,27 +41,47 @@ ATTACHMENTS = (
     ),
     Attachment(
         "sglang.srt.managers.scheduler.Scheduler._forward_isolation",
-        "subclass",
+        "relies",
         "what the worker changes in a batch is undone after the step",
     ),
     Attachment(
         "sglang.srt.managers.scheduler_components.batch_result_processor."
         "SchedulerBatchResultProcessor._resolve_spec_v2_tokens",
-        "subclass",
+        "relies",
         "reads the emitted tokens with the stride that the result states",
     ),
     Attachment(
         "sglang.srt.speculative.eagle_utils.eagle_prepare_for_decode",
-        "subclass",
+        "relies",
         "reserves the slots that a step of the worker writes",
     ),
     Attachment(
         "sglang.srt.layers.logprob_processor.compute_spec_logprobs",
-        "subclass",
+        "relies",
         "log-probabilities of emitted tokens",
     ),
     *draft_grammar.ATTACHMENTS,
     *verify.ATTACHMENTS,
+    Attachment(
+        "sglang.srt.managers.utils.GenerationBatchResult",
+        "relies",
+        "what a step answers the scheduler with",
+    ),
+    Attachment(
+        "sglang.srt.runtime_context.get_device",
+        "relies",
+        "the device of the worker's tensors",
+    ),
+    Attachment(
+        "sglang.srt.runtime_context.get_spec",
+        "relies",
+        "how many tokens a verify step has at most",
+    ),
+    Attachment(
+        "sglang.srt.configs.hybrid_arch.mambaish_config",
+        "relies",
+        "models whose state cannot be rolled back draft nothing",
+    ),
 )
 
 
