@@ -23,15 +23,45 @@ ATTACHMENTS: tuple[Attachment, ...] = (
     ),
     Attachment(
         "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.set_kv_buffer",
-        "subclass",
+        "relies",
         "our backend writes new keys and values itself where this would be a plain copy",
     ),
     Attachment(
         "sglang.srt.utils.common.support_triton",
-        "registry",
+        "relies",
         "the name torch_native is what keeps Triton kernels off the CPU",
     ),
     *layers.ATTACHMENTS,
+    Attachment(
+        "sglang.srt.layers.radix_attention.RadixAttention.__init__",
+        "relies",
+        "the sizes, scale, cap and window that our backend reads of a layer",
+    ),
+    Attachment(
+        "sglang.srt.mem_cache.memory_pool.KVWriteLoc",
+        "relies",
+        "where the pool's own writing of keys and values is told to put them",
+    ),
+    Attachment(
+        "sglang.srt.mem_cache.swa_memory_pool.SWAKVPool",
+        "relies",
+        "models with two pools are left to SGLang's backend",
+    ),
+    Attachment(
+        "sglang.srt.model_executor.forward_context.get_attn_backend",
+        "relies",
+        "the decoder stack asks for the backend of the pass",
+    ),
+    Attachment(
+        "sglang.srt.layers.vocab_parallel_embedding.VocabParallelEmbedding.__init__",
+        "relies",
+        "which LM heads are whole and plain, so that they can be packed",
+    ),
+    Attachment(
+        "sglang.srt.layers.linear.LinearBase.__init__",
+        "relies",
+        "the linear layers that are packed, and their method",
+    ),
 )
 
 

@@ -235,10 +235,11 @@ def norm_offset(norm: nn.Module) -> float:
 def check_linear(linear: Any) -> None:
     """Refuse a linear layer that is not a plain product with a 2-D weight on one rank."""
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+    from sglang.srt.runtime_context import get_parallel
 
     method = type(getattr(linear, "quant_method", None))
     _require(method is UnquantizedLinearMethod, f"a linear layer with {method.__name__}")
-    _require(getattr(linear, "tp_size", 1) == 1, "tensor parallelism")
+    _require(get_parallel().tp_size == 1, "tensor parallelism")
     weight = linear.weight
     _require(
         weight.dim() == 2 and ops.supports(weight.dtype, weight.shape[1]),

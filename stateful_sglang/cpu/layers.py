@@ -33,6 +33,16 @@ ATTACHMENTS: tuple[Attachment, ...] = (
         for name in _UPDATES
     ),
     Attachment(
+        f"{_SRT}.layers.linear._resolve_linear_group",
+        "relies",
+        "along which ranks a linear layer is cut: a packed weight must be a whole one",
+    ),
+    Attachment(
+        f"{_SRT}.runtime_context.get_parallel",
+        "relies",
+        "how many ranks there are: linear layers do not say any more",
+    ),
+    Attachment(
         f"{_SRT}.layers.quantization.unquant.UnquantizedLinearMethod",
         "subclass",
         "a linear layer's product with its packed weight",
@@ -44,7 +54,7 @@ ATTACHMENTS: tuple[Attachment, ...] = (
     ),
     Attachment(
         f"{_SRT}.layers.logits_processor.should_apply_lm_head_quant_method",
-        "registry",
+        "relies",
         "calls the LM head's method because its class name is a new one",
     ),
     *(

@@ -117,7 +117,7 @@ def _attach_head(model: nn.Module, refreshers: list[Callable[[], None]], int8: b
         head = getattr(getattr(model, "model", None), "embed_tokens", None)
     if not isinstance(head, VocabParallelEmbedding) or (
         type(head.quant_method) is not UnquantizedEmbeddingMethod
-        or getattr(head, "tp_size", 1) != 1
+        or head.tp_size != 1
         or not ops.supports(head.weight.dtype, head.weight.shape[1])
     ):
         return f"left to SGLang ({type(head).__name__})"

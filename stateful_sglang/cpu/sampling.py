@@ -92,8 +92,12 @@ def around_filtered_sample(
     positions: Any,
     *,
     return_filtered_probs: bool = False,
+    max_top_k: int | None = None,
 ) -> Any:
-    """SGLang's sampler with filters, likewise; where it must hand out what it kept, it sorts."""
+    """SGLang's sampler with filters, likewise; where it must hand out what it kept, it sorts.
+
+    `max_top_k` bounds every k, which spares SGLang's own sampler the sort; ours never sorts.
+    """
     if sampling_seed is not None or return_filtered_probs or not _ours(probs):
         return original(
             probs,
@@ -104,6 +108,7 @@ def around_filtered_sample(
             sampling_seed,
             positions,
             return_filtered_probs=return_filtered_probs,
+            max_top_k=max_top_k,
         )
     return sample(
         probs,

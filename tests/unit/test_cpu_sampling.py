@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from stateful_sglang.cpu import extension
-from stateful_sglang.cpu.sampling import sample
+from stateful_sglang.cpu.platform import prepare
+from stateful_sglang.cpu.sampling import around_filtered_sample, around_sample, sample
 
 pytestmark = pytest.mark.skipif(extension.load() is None, reason="no C++ compiler")
 
@@ -91,6 +94,29 @@ def test_noise_and_shapes_are_checked():
         sample(torch.ones(1, 4).double(), uniform=torch.zeros(1))
     with pytest.raises(ValueError, match="rows"):
         sample(torch.ones(2, 4), uniform=torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("hook", "target"),
+    [
+        (around_sample, "sampling_from_probs_torch"),
+        (around_filtered_sample, "top_k_top_p_min_p_sampling_from_probs_torch"),
+    ],
+)
+def test_a_hook_takes_every_argument_of_what_it_stands_before(hook, target):
+    prepare()
+    from sglang.srt.layers import sampler
+
+    theirs = inspect.signature(getattr(sampler, target)).parameters
+    ours = inspect.signature(hook).parameters
+    assert list(ours)[1:] == list(theirs)
+
+
+def test_a_bound_on_top_k_reaches_sglangs_sampler_where_it_samples():
+    asked = []
+    arguments = (rows(1, 9, 1, 1.0), None, None, None, False, torch.tensor([5]), None)
+    around_filtered_sample(lambda *_, **named: asked.append(named), *arguments, max_top_k=4)
+    assert asked == [{"return_filtered_probs": False, "max_top_k": 4}]
 
 
 def test_no_rows():
