@@ -13,7 +13,7 @@ def serve(server_args: Any, options: Options) -> None:
     """Run SGLang's HTTP server in this process until it is told to stop."""
     import torch
     from sglang.srt.entrypoints.http_server import app, launch_server
-    from sglang.srt.utils import kill_process_tree
+    from sglang.srt.utils.common import kill_process_tree
 
     from stateful_sglang.api import unserved
     from stateful_sglang.server import processes

@@ -108,6 +108,7 @@ LEFT_OUT: dict[str, str] = {
     "/end_weight_update": _CONTROL,
     "/flush_cache": _CONTROL,
     "/freeze_gc": _CONTROL,
+    "/get_hicache_l3_cache_layout": _READS,
     "/get_model_info": _READS,
     "/get_remote_instance_transfer_engine_info": _CONTROL,
     "/get_server_info": _READS,

@@ -1,6 +1,6 @@
 """The table of everything we attach to in SGLang, gathered from the rooms.
 
-``python -m stateful_sglang.runtime.catalogue`` compares it with what is committed and exits with
+``python -m stateful_sglang.server.catalogue`` compares it with what is committed and exits with
 1 where they differ; ``--write`` renews ``attachments/table.json`` and ``patches/README.md``.
 Renew it only after reading what changed upstream: the fingerprint is a promise that somebody did.
 """
@@ -27,6 +27,7 @@ from stateful_sglang.runtime.sessions import requests, scheduler
 from stateful_sglang.runtime.speculation import algorithm as draft_spec
 from stateful_sglang.runtime.speculation import worker as draft_worker
 from stateful_sglang.runtime.tree import cache as tree
+from stateful_sglang.server import upstream
 
 ATTACHMENTS: tuple[Attachment, ...] = tuple(
     sorted(
@@ -40,6 +41,7 @@ ATTACHMENTS: tuple[Attachment, ...] = tuple(
             *requests.ATTACHMENTS,
             *scheduler.ATTACHMENTS,
             *tree.ATTACHMENTS,
+            *upstream.ATTACHMENTS,
         },
         key=lambda row: (row.target, row.kind, row.reason),
     )
@@ -55,10 +57,10 @@ of the target: comments and formatting don't count). Each server process checks 
 before it attaches anything, and a mismatch stops it; `stateful-sglang doctor` shows the same check.
 
 Kinds: *registry*, a plug-in point SGLang offers; *hook*, SGLang's hook registry; *subclass*,
-source that a class of ours overrides or calls; *patch*, source replaced at run time. There is no
-vendored or patched copy of SGLang.
+source that a class of ours overrides; *patch*, source replaced at run time; *relies*, source that
+we call or count on and leave as it is. There is no vendored or patched copy of SGLang.
 
-This file is generated: `python -m stateful_sglang.runtime.catalogue --write`.
+This file is generated: `python -m stateful_sglang.server.catalogue --write`.
 
 | target | kind | reason | fingerprint |
 |---|---|---|---|
