@@ -46,7 +46,9 @@ def declared(*extras: str) -> set[str]:
     for extra in extras:
         lines += PROJECT["project"]["optional-dependencies"][extra]
     for file in REQUIREMENTS.glob("*.txt"):
-        lines += [line for line in file.read_text().splitlines() if line and line[0] != "#"]
+        listed = [line for line in file.read_text().splitlines() if line and line[0] != "#"]
+        # A build of torch stands on one line with what goes with it.
+        lines += [each for line in listed for each in line.split(" ")]
     return {normalised(Requirement(line).name) for line in lines} | {"sglang"}
 
 
