@@ -28,9 +28,6 @@ def server_arguments() -> list[str]:
 
 @pytest.fixture(scope="session")
 def server(server_arguments: list[str]) -> Iterator[Server]:
-    """A server of the default model on a free port, ended by its own process id.
-
-    Its log has a line for each request, so that a test can say what no line may hold.
-    """
-    with serve("--log-level", "info", *server_arguments, env=BEHIND_A_PROXY) as running:
+    """A server of the default model on a free port, ended by its own process id."""
+    with serve(*server_arguments, env=BEHIND_A_PROXY) as running:
         yield running
