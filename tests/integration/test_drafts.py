@@ -88,6 +88,7 @@ def answers() -> dict[str, dict[str, dict[str, Any]]]:
         found["drafts"]["tree"] = tree
     with serve(*common, "--draft", "off") as server:
         found["plain"] = battery(server)
+        found["plain"]["log"] = {"text": server.log.read_text()}
     return found
 
 
@@ -133,3 +134,10 @@ def test_log_probabilities_equal_plain_decodings(answers: Any) -> None:
         drafted["output_top_logprobs"], plain["output_top_logprobs"], strict=True
     ):
         assert [p for p, *_ in row] == pytest.approx([q for q, *_ in other_row], abs=2e-3)
+
+
+def test_a_server_that_was_not_asked_for_its_log_has_no_line_for_a_request(answers: Any) -> None:
+    """Here, because the server that most tests share is asked for it."""
+    log = answers["plain"]["log"]["text"]
+    assert "Ready after" in log
+    assert "INFO: " not in log

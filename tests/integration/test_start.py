@@ -33,8 +33,10 @@ def ready_lines(server: Server) -> list[str]:
 def test_a_start_shows_settings_and_no_lines_about_other_models(server: Server) -> None:
     ready_lines(server)
     start = server.log.read_text().partition("Ready after")[0]
+    # The shared server is asked for the HTTP server's own lines, as another test reads them.
+    start = "\n".join(line for line in start.splitlines() if "INFO: " not in line)
     assert re.search(r"^  --max-total-tokens +\d+ ", start, re.MULTILINE)
-    for noise in ("Ignore import error", "AWQ", "GGUF", "roll back", "CUDA", "uda graph", "INFO: "):
+    for noise in ("Ignore import error", "AWQ", "GGUF", "roll back", "CUDA", "uda graph"):
         assert noise not in start
     assert len(start.splitlines()) < 22, start
 
