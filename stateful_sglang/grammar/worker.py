@@ -1,7 +1,8 @@
 """A process for work that may take long or end in a crash: it holds nobody's event loop or GIL.
 
-The process starts with the first call and ends with its parent, whose pipe it reads. It does one
-call at a time; a call that passes its deadline ends it, in whatever library it is.
+The process starts with the first call, or with `Worker.warm`, and ends with its parent, whose pipe
+it reads. It does one call at a time; a call that passes its deadline ends it, in whatever library
+it is.
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ class Worker:
             return await loop.run_in_executor(self._thread, self._call, arguments)
         finally:
             self._waiting -= 1
+
+    def warm(self, *arguments: str) -> None:
+        """Start the process now, with a call whose answer nobody awaits: imports take seconds."""
+        self._thread.submit(self._call, arguments)
 
     def close(self) -> None:
         """End the process, once the call it is at is done."""

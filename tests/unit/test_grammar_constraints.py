@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,6 +91,26 @@ async def test_a_large_schemas_error_names_its_tool() -> None:
     with pytest.raises(ConstraintError, match="not a JSON schema") as error:
         await Constraints(Compiler()).prepared("tools", f"[{good}, {bad}]")
     assert error.value.tool == 1
+
+
+@pytest.mark.usefixtures("importable")
+async def test_a_warm_process_is_there_before_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    popen = subprocess.Popen
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        process = popen(*args, **kwargs)
+        started.append(process.pid)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", counted)
+    worker = Worker("test_grammar_constraints:misbehave")
+    worker.warm("crash")  # whatever becomes of it
+    worker.warm("answer")
+    await worker.run("answer")
+    await worker.run("answer")
+    assert len(started) == 2
+    worker.close()
 
 
 @pytest.mark.usefixtures("importable")

@@ -177,6 +177,7 @@ class SGLangEngine:
         self._compiler: Worker | None = None
         if manager.config_value("grammar_backend") == "xgrammar":
             self._compiler = Worker("stateful_sglang.runtime.grammar_check:check")
+            self._compiler.warm("regex", "a")  # While the model loads: no turn waits for it.
 
     @property
     def context_length(self) -> int:
