@@ -36,7 +36,7 @@ def _attach(options: Options) -> None:
     admission.attach()
     if not options.stateful:
         return
-    from stateful_sglang.runtime import min_tokens
+    from stateful_sglang.runtime import min_tokens, stops
     from stateful_sglang.runtime.sessions import scheduler
     from stateful_sglang.runtime.speculation import algorithm as draft_spec
     from stateful_sglang.runtime.tree import cache as tree
@@ -46,3 +46,4 @@ def _attach(options: Options) -> None:
         draft_spec.register()
     scheduler.attach()
     min_tokens.attach()
+    stops.attach()

@@ -21,7 +21,7 @@ prepare()
 
 from stateful_sglang import cpu
 from stateful_sglang.attachments.check import TABLE, Attachment, fingerprint
-from stateful_sglang.runtime import admission, min_tokens
+from stateful_sglang.runtime import admission, min_tokens, stops
 from stateful_sglang.runtime.sessions import engine as client
 from stateful_sglang.runtime.sessions import requests, scheduler
 from stateful_sglang.runtime.speculation import algorithm as draft_spec
@@ -40,6 +40,7 @@ ATTACHMENTS: tuple[Attachment, ...] = tuple(
             *min_tokens.ATTACHMENTS,
             *requests.ATTACHMENTS,
             *scheduler.ATTACHMENTS,
+            *stops.ATTACHMENTS,
             *tree.ATTACHMENTS,
             *upstream.ATTACHMENTS,
         },
