@@ -42,16 +42,6 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "one token": {"text": REPEAT, "max_new_tokens": 1},
     "two tokens": {"text": REPEAT, "max_new_tokens": 2},
     "stop string inside a draft": {"text": REPEAT, "max_new_tokens": 48, "stop": ["blue red"]},
-    "two stop strings inside a draft": {
-        "text": REPEAT,
-        "max_new_tokens": 48,
-        "stop": ["green", "red"],
-    },
-    "stop string behind the end in a draft": {
-        "text": CHAT,
-        "max_new_tokens": 40,
-        "stop": ["\n"],
-    },
     "schema": {"text": CHAT, "max_new_tokens": 60, "json_schema": json.dumps(SCHEMA)},
     "schema without a pattern": {
         "text": STORY,
