@@ -36,7 +36,7 @@ def _attach(options: Options) -> None:
     admission.attach()
     if not options.stateful:
         return
-    from stateful_sglang.runtime import min_tokens, stops
+    from stateful_sglang.runtime import grammar_compile, min_tokens, stops
     from stateful_sglang.runtime.sessions import scheduler
     from stateful_sglang.runtime.speculation import algorithm as draft_spec
     from stateful_sglang.runtime.tree import cache as tree
@@ -47,3 +47,4 @@ def _attach(options: Options) -> None:
     scheduler.attach()
     min_tokens.attach()
     stops.attach()
+    grammar_compile.attach()

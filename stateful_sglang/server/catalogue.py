@@ -21,7 +21,7 @@ prepare()
 
 from stateful_sglang import cpu
 from stateful_sglang.attachments.check import TABLE, Attachment, fingerprint
-from stateful_sglang.runtime import admission, min_tokens, stops
+from stateful_sglang.runtime import admission, grammar_compile, min_tokens, stops
 from stateful_sglang.runtime.sessions import engine as client
 from stateful_sglang.runtime.sessions import requests, scheduler
 from stateful_sglang.runtime.speculation import algorithm as draft_spec
@@ -37,6 +37,7 @@ ATTACHMENTS: tuple[Attachment, ...] = tuple(
             *cpu.ATTACHMENTS,
             *draft_spec.ATTACHMENTS,
             *draft_worker.ATTACHMENTS,
+            *grammar_compile.ATTACHMENTS,
             *min_tokens.ATTACHMENTS,
             *requests.ATTACHMENTS,
             *scheduler.ATTACHMENTS,
