@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from bench.harness.server import Server
@@ -249,3 +251,17 @@ async def waits_beside_a_large_schema(url: str, where: str) -> list[float]:
             assert answer.status_code == 200, answer.text
         probing.cancel()
         return waits
+
+
+def test_grammars_are_compiled_on_threads_that_give_way(server: Server, http: httpx.Client) -> None:
+    answer = ask(http, sampling={**GREEDY, "regex": "gives way|goes first"})
+    assert answer.status_code == 200, answer.text
+    processes = psutil.Process(server.pid).children(recursive=True)
+    (scheduler,) = (each for each in processes if "scheduler" in " ".join(each.cmdline()))
+    idle = {
+        thread.id
+        for thread in scheduler.threads()
+        if os.sched_getscheduler(thread.id) == os.SCHED_IDLE
+    }
+    assert idle
+    assert scheduler.pid not in idle

@@ -47,7 +47,7 @@ def test_compiling_runs_in_the_idle_class_with_the_threads_it_starts() -> None:
 
 
 def test_the_compilers_own_refusal_arrives() -> None:
-    with pytest.raises(RuntimeError, match="^cannot read x$"):
+    with pytest.raises(RuntimeError, match="cannot read x"):
         GivingWay(Recorder()).compile_grammar("x")
 
 
