@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 
 from stateful_sglang.runtime.options import declared
+from stateful_sglang.server import journal_cli
+from stateful_sglang.tenants.commands import app as keys
 
 app = typer.Typer(
     name="stateful-sglang",
@@ -19,6 +21,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(keys)
+app.add_typer(journal_cli.app, name="journal")
 _CACHE_DIR = next(each for each in declared() if each.name == "cache_dir")
 CacheDir = Annotated[
     Path | None,
@@ -127,6 +131,17 @@ def model(
         print("`stateful-sglang model ensure` converts it (again)", file=sys.stderr)
         raise typer.Exit(1)
     print(f"{state.path}: every file has its recorded SHA-256")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def sessions(context: typer.Context) -> None:
+    """The sessions of a running server: ls, show, fork, rollback, close, tail, export, import."""
+    from stateful_sglang.client.terminal import app as commands
+
+    commands(context.args, prog_name="stateful-sglang sessions")
 
 
 def _ensure(cache_dir: Path | None) -> Path:

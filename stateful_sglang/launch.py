@@ -15,24 +15,26 @@ from typing import Any
 
 from stateful_sglang import loopback
 from stateful_sglang.runtime.options import Options
-from stateful_sglang.server import arguments, http, parser, preflight, quiet
-from stateful_sglang.server.errors import LaunchError
-
-EXIT_UNUSABLE = 2
-"""Exit status when the server was not started because something the user can mend is wrong."""
+from stateful_sglang.server import arguments, http, parser, preflight, quiet, supervisor
+from stateful_sglang.server.errors import EXIT_UNUSABLE, LaunchError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until stopped. Returns the exit status: 2 where the server could not be started."""
     loopback.spare(os.environ)
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        options, theirs = parser.parse(sys.argv[1:] if argv is None else list(argv))
+        options, theirs = parser.parse(words)
+        if options.restart == "on-crash":
+            supervisor.check()
+            # The last one counts: the child is an ordinary server.
+            child = [sys.executable, "-m", "stateful_sglang.launch", *words, "--restart", "never"]
+            return supervisor.run(child)
         server_args, options = configure(options, theirs)
     except LaunchError as error:
         print(f"stateful_sglang: {error}", file=sys.stderr)
         return EXIT_UNUSABLE
-    http.serve(server_args, options)
-    return 0
+    return http.serve(server_args, options)
 
 
 def configure(options: Options, theirs: list[str]) -> tuple[Any, Options]:

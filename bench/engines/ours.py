@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.engines.arms import CONTEXT, POOL_TOKENS, REQUESTS, Command, Setting, words
+from bench.harness.server import apart
 
 LAUNCHER = "stateful_sglang.launch"
 BIASED = "bench.engines.biased"
@@ -18,7 +19,7 @@ def launched(*arguments: str, module: str = LAUNCHER) -> Callable[[Setting], Com
     """The launcher of this tree as users start it, with its own settings but for `arguments`."""
 
     def command(setting: Setting) -> Command:
-        return Command((sys.executable, "-m", module, *arguments))
+        return Command((sys.executable, "-m", module, *arguments, *apart(arguments)))
 
     return command
 
@@ -27,7 +28,7 @@ def alone(*more: str) -> Callable[[Setting], Command]:
     """This tree's engine without sessions, in the setting that all engines are compared in."""
 
     def command(setting: Setting) -> Command:
-        start = (sys.executable, "-m", LAUNCHER, "--stateful", "off")
+        start = (sys.executable, "-m", LAUNCHER, "--stateful", "off", "--keys", "off")
         return Command((*start, *_model(setting), *_pool(), *more), env=_threads(setting))
 
     return command

@@ -1,7 +1,8 @@
 """What the benches take of the package itself, in one place; the rest only starts its launcher.
 
 The servers of benches are processes (`ours.py`). Beside this file only `biased.py`, `stock.py`,
-`forward.py` and `layers.py`, which are about the engine's inside, import the package.
+`forward.py` and `layers.py`, which are about the engine's inside, and `recorder.py`, which is about
+the journal, import the package.
 """
 
 from __future__ import annotations

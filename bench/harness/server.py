@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -60,7 +62,23 @@ def serve(
     Raises:
         ServerDiedError: It did not become healthy.
     """
-    return serve_command(sys.executable, "-m", "stateful_sglang.launch", *arguments, env=env)
+    own = apart(arguments)
+    return serve_command(sys.executable, "-m", "stateful_sglang.launch", *arguments, *own, env=env)
+
+
+def apart(arguments: Sequence[str]) -> tuple[str, ...]:
+    """What keeps a server apart from the user's own: another journal, and no keys asked for.
+
+    The journal's folder goes when this process ends.
+    """
+    more: list[str] = []
+    if "--journal" not in arguments:
+        folder = tempfile.mkdtemp(prefix="stateful-sglang-journal-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        more += ["--journal", str(Path(folder) / "journal.sqlite3")]
+    if "--keys" not in arguments:
+        more += ["--keys", "off"]
+    return tuple(more)
 
 
 @contextlib.contextmanager

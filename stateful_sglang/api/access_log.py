@@ -9,7 +9,10 @@ from urllib.parse import unquote
 from stateful_sglang.session.ids import digest
 
 LOGGERS = ("uvicorn.access", "uvicorn.error")
-_IN_TARGET = re.compile(r"(/v1/sessions/|[?&]session_id=)([^/?&#\s\"]+)")
+_IN_TARGET = re.compile(
+    r"(/v1/sessions/(?!import(?:[?#\s\"]|$))|[?&](?:session_id|after)=)([^/?&#\s\"]+)"
+)
+"""Where a target has a session's id; ``/v1/sessions/import`` is a route."""
 
 
 def redacted(text: str) -> str:

@@ -11,21 +11,30 @@ from stateful_sglang.session import errors
 
 STATUS: Mapping[str, int] = {
     "session_not_found": 404,
+    "unknown_version": 404,
+    "other_model": 409,
     "session_busy": 409,
     "session_conflict": 409,
     "stale_base": 409,
     "version_mismatch": 409,
     "session_closed": 410,
+    "session_gone": 410,
     "body_too_large": 413,
     "context_length_exceeded": 413,
+    "idempotency_key_reused": 422,
     "invalid_request": 422,
+    "too_many_requests": 429,
     "too_many_sessions": 429,
     "engine_error": 500,
+    "draining": 503,
     "engine_unavailable": 503,
     "turn_aborted": 503,
     "commit_failed": 507,
+    "journal_failed": 507,
 }
 """HTTP status of each kind of error; the one place that knows both."""
+RETRY_AFTER_S: Mapping[int, int] = {429: 1, 503: 1}
+"""Seconds after which the same request may fare better, by status."""
 _UNION_TAGS = frozenset({"str", "list[str]", "list[constrained-str]", "constrained-str"})
 """What pydantic adds to a location: the member of a union that it tried."""
 
@@ -55,7 +64,8 @@ def body_of(error: errors.SessionError) -> dict[str, Any]:
 def response_of(error: errors.SessionError) -> JSONResponse:
     """The error as a whole response."""
     status = status_of(error)
-    headers = {"Retry-After": "1"} if status in (429, 503) else None
+    after = RETRY_AFTER_S.get(status)
+    headers = None if after is None else {"Retry-After": str(after)}
     return JSONResponse(body_of(error), status, headers)
 
 

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
+from urllib.parse import quote
 
 import httpx
-from httpx_sse import EventSource
 
 from stateful_sglang import loopback
-from stateful_sglang.client.errors import SessionNotFoundError
-from stateful_sglang.client.events import TurnProgress, is_stream
-from stateful_sglang.client.sync import DEFAULT_TIMEOUT, response_error
+from stateful_sglang.client import retries
+from stateful_sglang.client.errors import (
+    ApiError,
+    SessionGoneError,
+    SessionNotFoundError,
+    response_error,
+)
+from stateful_sglang.client.retries import Attempts, Retries
+from stateful_sglang.client.streams import AsyncEvents, AsyncTurnStream
+from stateful_sglang.client.sync import DEFAULT_TIMEOUT, DEFAULT_URL
 from stateful_sglang.client.types import (
     AppendOptions,
+    ForkOptions,
+    GenerateOptions,
+    Ingested,
+    KeptOptions,
+    ListOptions,
     Messages,
     OpenOptions,
+    SessionPage,
     Turn,
+    WriteOptions,
     append_body,
+    given,
+    list_query,
+    message_list,
     open_body,
 )
 
@@ -28,12 +46,24 @@ class AsyncClient:
 
     def __init__(
         self,
-        base_url: str = "http://127.0.0.1:30000",
+        base_url: str = DEFAULT_URL,
         *,
         api_key: str | None = None,
         timeout: httpx.Timeout | float = DEFAULT_TIMEOUT,
+        max_retries: int = Retries.most,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
+        """
+        Args:
+            base_url: Of the server.
+            api_key: Sent with each request.
+            timeout: Of each attempt.
+            max_retries: How often a request is sent again when the connection breaks or the server
+                is not there for now (503 with Retry-After), at growing intervals: about a minute in
+                all by default. Requests that change something carry an idempotency key for it.
+            transport: In place of the network.
+        """
+        self._retries = Retries(max_retries)
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
         self._http = httpx.AsyncClient(
             base_url=base_url,
@@ -45,89 +75,116 @@ class AsyncClient:
 
     async def open(self, **options: Unpack[OpenOptions]) -> AsyncSession:
         """Open a session; nothing is computed before its first append."""
-        reply = await self.request("POST", "/v1/sessions", open_body(options))
+        reply = await self.request("POST", "/v1/sessions", open_body(options), keyed=True)
         return AsyncSession(self, reply["id"])
 
     def session(self, session_id: str) -> AsyncSession:
         """A handle on a session opened earlier; its existence is not checked."""
         return AsyncSession(self, session_id)
 
-    async def sessions(self, limit: int = 100) -> list[dict[str, Any]]:
-        """The sessions opened last."""
-        reply = await self.request("GET", f"/v1/sessions?limit={limit}")
-        found: list[dict[str, Any]] = reply["sessions"]
-        return found
+    async def sessions(
+        self, *, after: str | None = None, **options: Unpack[ListOptions]
+    ) -> SessionPage:
+        """A page of one's own sessions, the last used first; `after` is the last page's `next`."""
+        query = list_query(options, after)
+        return SessionPage(await self.request("GET", "/v1/sessions", query=query))
+
+    async def all_sessions(self, **options: Unpack[ListOptions]) -> AsyncIterator[dict[str, Any]]:
+        """The sessions of all pages."""
+        page = await self.sessions(**options)
+        for each in page:
+            yield each
+        while page.next is not None:
+            page = await self.sessions(after=page.next, **options)
+            for each in page:
+                yield each
+
+    async def import_session(
+        self,
+        exported: Mapping[str, Any],
+        *,
+        accept_other_model: bool = False,
+        idempotency_key: str | None = None,
+    ) -> AsyncSession:
+        """Open a session as `Session.export` gave it, here or on another server.
+
+        Args:
+            exported: What `Session.export` returned.
+            accept_other_model: Take one of another model or chat template: its tokens can't be
+                continued, so that its messages are rendered again.
+            idempotency_key: The same key with the same session opens one.
+
+        Raises:
+            OtherModelError: It belongs to another model or chat template.
+        """
+        body = given(
+            {
+                "session": dict(exported),
+                "accept_other_model": accept_other_model or None,
+                "idempotency_key": idempotency_key,
+            }
+        )
+        return AsyncSession(
+            self, (await self.request("POST", "/v1/sessions/import", body, keyed=True))["id"]
+        )
 
     async def tree(self, session: AsyncSession | None = None, limit: int = 100) -> dict[str, Any]:
         """The prefix tree, or the path of one session in it."""
-        only = f"&session_id={session.id}" if session is not None else ""
-        return await self.request("GET", f"/v1/tree?limit={limit}{only}")
+        only = session.id if session is not None else None
+        return await self.request(
+            "GET", "/v1/tree", query=given({"limit": limit, "session_id": only})
+        )
 
-    async def request(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        """One call; an error status is raised as its `ApiError`."""
-        response = await self._http.request(method, path, json=body)
-        if not response.is_success:
-            raise response_error(response)
-        reply: dict[str, Any] = response.json()
-        return reply
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        query: Mapping[str, Any] | None = None,
+        keyed: bool = False,
+    ) -> dict[str, Any]:
+        """One call, sent again where that may help; an error status is raised as its `ApiError`.
+
+        Args:
+            method: Of HTTP.
+            path: On the server.
+            body: As JSON.
+            query: Of the URL.
+            keyed: The call takes an idempotency key, so that it can be sent again whatever became
+                of it; a body without one gets one.
+        """
+        if keyed:
+            body = retries.keyed(body or {}, self._retries)
+        attempts = Attempts(self._retries, method, body)
+        while True:
+            try:
+                response = await self._http.request(method, path, json=body, params=query)
+                if not response.is_success:
+                    raise response_error(response)
+            except (httpx.TransportError, ApiError) as error:
+                await asyncio.sleep(attempts.pause(error))
+            else:
+                reply: dict[str, Any] = response.json()
+                return reply
 
     async def stream(self, path: str, body: Any) -> AsyncTurnStream:
-        """A call whose answer is a stream of events."""
-        request = self._http.build_request("POST", path, json=body)
-        response = await self._http.send(request, stream=True)
-        if not is_stream(response):
-            await response.aread()
-            raise response_error(response)
-        return AsyncTurnStream(response)
+        """A call whose answer is a turn as a stream of events; it takes an idempotency key."""
+        body = retries.keyed(body, self._retries)
+        attempts = Attempts(self._retries, "POST", body)
+        turn = AsyncTurnStream(self._http, "POST", path, body, attempts)
+        await turn.connect()
+        return turn
+
+    async def events(self, path: str) -> AsyncEvents:
+        """A call whose answer is a stream of events that lasts."""
+        events = AsyncEvents(self._http, "GET", path, None, Attempts(self._retries, "GET"))
+        await events.connect()
+        return events
 
     async def close(self) -> None:
         """Close the connections; sessions stay open on the server."""
         await self._http.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-
-class AsyncTurnStream:
-    """A running turn: iterate for its text, then read `turn`.
-
-    Leaving an ``async with`` block around it early aborts the turn; breaking out of a bare loop
-    does so only when the interpreter gets round to it.
-    """
-
-    def __init__(self, response: httpx.Response) -> None:
-        self._response = response
-        self._progress = TurnProgress()
-
-    @property
-    def turn(self) -> Turn:
-        """The committed turn, once the text has been read to its end."""
-        return self._progress.final()
-
-    async def __aiter__(self) -> AsyncIterator[str]:
-        async with self:
-            async for event in EventSource(self._response).aiter_sse():
-                if text := self._progress.take(event):
-                    yield text
-        self._progress.final()
-
-    async def read(self) -> Turn:
-        """Read on to the end and return the turn."""
-        async for _ in self:
-            pass
-        return self.turn
-
-    async def close(self) -> None:
-        """Close the connection: aborts the turn unless it has ended."""
-        await self._response.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -147,6 +204,11 @@ class AsyncSession:
     def __init__(self, client: AsyncClient, session_id: str) -> None:
         self._client = client
         self.id = session_id
+
+    def path(self, operation: str = "") -> str:
+        """Of the session's routes, or of one of them."""
+        own = f"/v1/sessions/{quote(self.id, safe='')}"
+        return f"{own}/{operation}" if operation else own
 
     @overload
     async def append(
@@ -178,21 +240,91 @@ class AsyncSession:
         Raises:
             ApiError: The kind that says what was wrong; nothing was committed.
         """
-        body = append_body(messages, options, stream=stream)
-        path = f"/v1/sessions/{self.id}/append"
-        if stream:
-            return await self._client.stream(path, body)
-        return Turn.from_reply(await self._client.request("POST", path, body))
+        return await self._answer("append", append_body(messages, options, stream=stream))
+
+    @overload
+    async def generate(
+        self, *, stream: Literal[False] = False, **options: Unpack[GenerateOptions]
+    ) -> Turn: ...
+
+    @overload
+    async def generate(
+        self, *, stream: Literal[True], **options: Unpack[GenerateOptions]
+    ) -> AsyncTurnStream: ...
+
+    async def generate(
+        self, *, stream: bool = False, **options: Unpack[GenerateOptions]
+    ) -> Turn | AsyncTurnStream:
+        """Generate the answer to what is there, ingested messages among it.
+
+        Raises:
+            ApiError: The kind that says what was wrong; nothing was committed.
+        """
+        return await self._answer("generate", append_body(None, options, stream=stream))
+
+    async def ingest(self, messages: Messages, **options: Unpack[WriteOptions]) -> Ingested:
+        """Append messages without generating; results of tools in any order."""
+        body = given({**options, "messages": message_list(messages)})
+        return Ingested.from_reply(await self._post("ingest", body))
+
+    async def fork(
+        self, version: int | None = None, **options: Unpack[ForkOptions]
+    ) -> AsyncSession:
+        """Another session with this one's past, up to a version; nothing is copied or computed."""
+        reply = await self._post("fork", given({**options, "version": version}))
+        return AsyncSession(self._client, reply["id"])
+
+    async def rollback(self, version: int, **options: Unpack[WriteOptions]) -> dict[str, Any]:
+        """Back to a version; the session as it is then."""
+        return await self._post("rollback", given({**options, "version": version}))
+
+    async def edit(
+        self,
+        after: int,
+        messages: Messages | None = None,
+        *,
+        through: int | None = None,
+        **options: Unpack[WriteOptions],
+    ) -> dict[str, Any]:
+        """Put messages, or nothing, in the place of the turns behind version `after`, up to version
+        `through` or the end; the session as it is then."""
+        replaced = None if messages is None else message_list(messages)
+        body = {**options, "after": after, "through": through, "messages": replaced}
+        return await self._post("edit", given(body))
+
+    async def touch(self, **options: Unpack[KeptOptions]) -> dict[str, Any]:
+        """Say that the session is in use, and change how it is kept; the session as it is then."""
+        return await self._client.request("POST", self.path("touch"), given(options))
 
     async def get(self) -> dict[str, Any]:
         """The session as last committed."""
-        return await self._client.request("GET", f"/v1/sessions/{self.id}")
+        return await self._client.request("GET", self.path())
 
-    async def close(self) -> None:
-        """Close the session; closing it twice is no error."""
+    async def messages(self, version: int | None = None) -> dict[str, Any]:
+        """The messages of a version, the newest by default."""
+        return await self._client.request(
+            "GET", self.path("messages"), query=given({"version": version})
+        )
+
+    async def events(self) -> AsyncEvents:
+        """What happens to the session from now on."""
+        return await self._client.events(self.path("events"))
+
+    async def export(self) -> dict[str, Any]:
+        """The session with all its versions, for `Client.import_session`."""
+        return await self._client.request("GET", self.path("export"))
+
+    async def close(self, *, erase: bool = False) -> None:
+        """Close the session; closing it twice is no error.
+
+        Args:
+            erase: Remove its content from the server's files before this returns.
+        """
         try:
-            await self._client.request("DELETE", f"/v1/sessions/{self.id}")
-        except SessionNotFoundError:
+            await self._client.request(
+                "DELETE", self.path(), query={"erase": True} if erase else None
+            )
+        except (SessionNotFoundError, SessionGoneError):
             return
 
     async def __aenter__(self) -> Self:
@@ -205,3 +337,11 @@ class AsyncSession:
         trace: TracebackType | None,
     ) -> None:
         await self.close()
+
+    async def _answer(self, operation: str, body: dict[str, Any]) -> Turn | AsyncTurnStream:
+        if body.get("stream"):
+            return await self._client.stream(self.path(operation), body)
+        return Turn.from_reply(await self._post(operation, body))
+
+    async def _post(self, operation: str, body: dict[str, Any]) -> dict[str, Any]:
+        return await self._client.request("POST", self.path(operation), body, keyed=True)

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
+from urllib.parse import quote
 
 import httpx
-from httpx_sse import EventSource
 
 from stateful_sglang import loopback
-from stateful_sglang.client.errors import ApiError, SessionNotFoundError, error_of
-from stateful_sglang.client.events import TurnProgress, is_stream
+from stateful_sglang.client import retries
+from stateful_sglang.client.errors import (
+    ApiError,
+    SessionGoneError,
+    SessionNotFoundError,
+    response_error,
+)
+from stateful_sglang.client.retries import Attempts, Retries
+from stateful_sglang.client.streams import Events, TurnStream
 from stateful_sglang.client.types import (
     AppendOptions,
+    ForkOptions,
+    GenerateOptions,
+    Ingested,
+    KeptOptions,
+    ListOptions,
     Messages,
     OpenOptions,
+    SessionPage,
     Turn,
+    WriteOptions,
     append_body,
+    given,
+    list_query,
+    message_list,
     open_body,
 )
 
+DEFAULT_URL = "http://127.0.0.1:30000"
 DEFAULT_TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 """Seconds; a long prompt on a small machine takes its time."""
 
@@ -30,12 +49,24 @@ class Client:
 
     def __init__(
         self,
-        base_url: str = "http://127.0.0.1:30000",
+        base_url: str = DEFAULT_URL,
         *,
         api_key: str | None = None,
         timeout: httpx.Timeout | float = DEFAULT_TIMEOUT,
+        max_retries: int = Retries.most,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
+        """
+        Args:
+            base_url: Of the server.
+            api_key: Sent with each request.
+            timeout: Of each attempt.
+            max_retries: How often a request is sent again when the connection breaks or the server
+                is not there for now (503 with Retry-After), at growing intervals: about a minute in
+                all by default. Requests that change something carry an idempotency key for it.
+            transport: In place of the network.
+        """
+        self._retries = Retries(max_retries)
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
         self._http = httpx.Client(
             base_url=base_url,
@@ -47,84 +78,109 @@ class Client:
 
     def open(self, **options: Unpack[OpenOptions]) -> Session:
         """Open a session; nothing is computed before its first append."""
-        reply = self.request("POST", "/v1/sessions", open_body(options))
+        reply = self.request("POST", "/v1/sessions", open_body(options), keyed=True)
         return Session(self, reply["id"])
 
     def session(self, session_id: str) -> Session:
         """A handle on a session opened earlier; its existence is not checked."""
         return Session(self, session_id)
 
-    def sessions(self, limit: int = 100) -> list[dict[str, Any]]:
-        """The sessions opened last."""
-        found: list[dict[str, Any]] = self.request("GET", f"/v1/sessions?limit={limit}")["sessions"]
-        return found
+    def sessions(self, *, after: str | None = None, **options: Unpack[ListOptions]) -> SessionPage:
+        """A page of one's own sessions, the last used first; `after` is the last page's `next`."""
+        query = list_query(options, after)
+        return SessionPage(self.request("GET", "/v1/sessions", query=query))
+
+    def all_sessions(self, **options: Unpack[ListOptions]) -> Iterator[dict[str, Any]]:
+        """The sessions of all pages."""
+        page = self.sessions(**options)
+        yield from page
+        while page.next is not None:
+            page = self.sessions(after=page.next, **options)
+            yield from page
+
+    def import_session(
+        self,
+        exported: Mapping[str, Any],
+        *,
+        accept_other_model: bool = False,
+        idempotency_key: str | None = None,
+    ) -> Session:
+        """Open a session as `Session.export` gave it, here or on another server.
+
+        Args:
+            exported: What `Session.export` returned.
+            accept_other_model: Take one of another model or chat template: its tokens can't be
+                continued, so that its messages are rendered again.
+            idempotency_key: The same key with the same session opens one.
+
+        Raises:
+            OtherModelError: It belongs to another model or chat template.
+        """
+        body = given(
+            {
+                "session": dict(exported),
+                "accept_other_model": accept_other_model or None,
+                "idempotency_key": idempotency_key,
+            }
+        )
+        reply = self.request("POST", "/v1/sessions/import", body, keyed=True)
+        return Session(self, reply["id"])
 
     def tree(self, session: Session | None = None, limit: int = 100) -> dict[str, Any]:
         """The prefix tree, or the path of one session in it."""
-        only = f"&session_id={session.id}" if session is not None else ""
-        return self.request("GET", f"/v1/tree?limit={limit}{only}")
+        only = session.id if session is not None else None
+        return self.request("GET", "/v1/tree", query=given({"limit": limit, "session_id": only}))
 
-    def request(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        """One call; an error status is raised as its `ApiError`."""
-        response = self._http.request(method, path, json=body)
-        if not response.is_success:
-            raise response_error(response)
-        reply: dict[str, Any] = response.json()
-        return reply
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        query: Mapping[str, Any] | None = None,
+        keyed: bool = False,
+    ) -> dict[str, Any]:
+        """One call, sent again where that may help; an error status is raised as its `ApiError`.
+
+        Args:
+            method: Of HTTP.
+            path: On the server.
+            body: As JSON.
+            query: Of the URL.
+            keyed: The call takes an idempotency key, so that it can be sent again whatever became
+                of it; a body without one gets one.
+        """
+        if keyed:
+            body = retries.keyed(body or {}, self._retries)
+        attempts = Attempts(self._retries, method, body)
+        while True:
+            try:
+                response = self._http.request(method, path, json=body, params=query)
+                if not response.is_success:
+                    raise response_error(response)
+            except (httpx.TransportError, ApiError) as error:
+                time.sleep(attempts.pause(error))
+            else:
+                reply: dict[str, Any] = response.json()
+                return reply
 
     def stream(self, path: str, body: Any) -> TurnStream:
-        """A call whose answer is a stream of events."""
-        request = self._http.build_request("POST", path, json=body)
-        response = self._http.send(request, stream=True)
-        if not is_stream(response):
-            response.read()
-            raise response_error(response)
-        return TurnStream(response)
+        """A call whose answer is a turn as a stream of events; it takes an idempotency key."""
+        body = retries.keyed(body, self._retries)
+        attempts = Attempts(self._retries, "POST", body)
+        turn = TurnStream(self._http, "POST", path, body, attempts)
+        turn.connect()
+        return turn
+
+    def events(self, path: str) -> Events:
+        """A call whose answer is a stream of events that lasts."""
+        events = Events(self._http, "GET", path, None, Attempts(self._retries, "GET"))
+        events.connect()
+        return events
 
     def close(self) -> None:
         """Close the connections; sessions stay open on the server."""
         self._http.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class TurnStream:
-    """A running turn: iterate for its text, then read `turn`. Leaving early aborts the turn."""
-
-    def __init__(self, response: httpx.Response) -> None:
-        self._response = response
-        self._progress = TurnProgress()
-
-    @property
-    def turn(self) -> Turn:
-        """The committed turn, once the text has been read to its end."""
-        return self._progress.final()
-
-    def __iter__(self) -> Iterator[str]:
-        with self:
-            for event in EventSource(self._response).iter_sse():
-                if text := self._progress.take(event):
-                    yield text
-        self._progress.final()
-
-    def read(self) -> Turn:
-        """Read on to the end and return the turn."""
-        for _ in self:
-            pass
-        return self.turn
-
-    def close(self) -> None:
-        """Close the connection: aborts the turn unless it has ended."""
-        self._response.close()
 
     def __enter__(self) -> Self:
         return self
@@ -144,6 +200,11 @@ class Session:
     def __init__(self, client: Client, session_id: str) -> None:
         self._client = client
         self.id = session_id
+
+    def path(self, operation: str = "") -> str:
+        """Of the session's routes, or of one of them."""
+        own = f"/v1/sessions/{quote(self.id, safe='')}"
+        return f"{own}/{operation}" if operation else own
 
     @overload
     def append(
@@ -175,21 +236,85 @@ class Session:
         Raises:
             ApiError: The kind that says what was wrong; nothing was committed.
         """
-        body = append_body(messages, options, stream=stream)
-        path = f"/v1/sessions/{self.id}/append"
-        if stream:
-            return self._client.stream(path, body)
-        return Turn.from_reply(self._client.request("POST", path, body))
+        return self._answer("append", append_body(messages, options, stream=stream))
+
+    @overload
+    def generate(
+        self, *, stream: Literal[False] = False, **options: Unpack[GenerateOptions]
+    ) -> Turn: ...
+
+    @overload
+    def generate(
+        self, *, stream: Literal[True], **options: Unpack[GenerateOptions]
+    ) -> TurnStream: ...
+
+    def generate(
+        self, *, stream: bool = False, **options: Unpack[GenerateOptions]
+    ) -> Turn | TurnStream:
+        """Generate the answer to what is there, ingested messages among it.
+
+        Raises:
+            ApiError: The kind that says what was wrong; nothing was committed.
+        """
+        return self._answer("generate", append_body(None, options, stream=stream))
+
+    def ingest(self, messages: Messages, **options: Unpack[WriteOptions]) -> Ingested:
+        """Append messages without generating; results of tools in any order."""
+        body = given({**options, "messages": message_list(messages)})
+        return Ingested.from_reply(self._post("ingest", body))
+
+    def fork(self, version: int | None = None, **options: Unpack[ForkOptions]) -> Session:
+        """Another session with this one's past, up to a version; nothing is copied or computed."""
+        reply = self._post("fork", given({**options, "version": version}))
+        return Session(self._client, reply["id"])
+
+    def rollback(self, version: int, **options: Unpack[WriteOptions]) -> dict[str, Any]:
+        """Back to a version; the session as it is then."""
+        return self._post("rollback", given({**options, "version": version}))
+
+    def edit(
+        self,
+        after: int,
+        messages: Messages | None = None,
+        *,
+        through: int | None = None,
+        **options: Unpack[WriteOptions],
+    ) -> dict[str, Any]:
+        """Put messages, or nothing, in the place of the turns behind version `after`, up to version
+        `through` or the end; the session as it is then."""
+        replaced = None if messages is None else message_list(messages)
+        body = {**options, "after": after, "through": through, "messages": replaced}
+        return self._post("edit", given(body))
+
+    def touch(self, **options: Unpack[KeptOptions]) -> dict[str, Any]:
+        """Say that the session is in use, and change how it is kept; the session as it is then."""
+        return self._client.request("POST", self.path("touch"), given(options))
 
     def get(self) -> dict[str, Any]:
         """The session as last committed."""
-        return self._client.request("GET", f"/v1/sessions/{self.id}")
+        return self._client.request("GET", self.path())
 
-    def close(self) -> None:
-        """Close the session; closing it twice is no error."""
+    def messages(self, version: int | None = None) -> dict[str, Any]:
+        """The messages of a version, the newest by default."""
+        return self._client.request("GET", self.path("messages"), query=given({"version": version}))
+
+    def events(self) -> Events:
+        """What happens to the session from now on."""
+        return self._client.events(self.path("events"))
+
+    def export(self) -> dict[str, Any]:
+        """The session with all its versions, for `Client.import_session`."""
+        return self._client.request("GET", self.path("export"))
+
+    def close(self, *, erase: bool = False) -> None:
+        """Close the session; closing it twice is no error.
+
+        Args:
+            erase: Remove its content from the server's files before this returns.
+        """
         try:
-            self._client.request("DELETE", f"/v1/sessions/{self.id}")
-        except SessionNotFoundError:
+            self._client.request("DELETE", self.path(), query={"erase": True} if erase else None)
+        except (SessionNotFoundError, SessionGoneError):
             return
 
     def __enter__(self) -> Self:
@@ -203,11 +328,10 @@ class Session:
     ) -> None:
         self.close()
 
+    def _answer(self, operation: str, body: dict[str, Any]) -> Turn | TurnStream:
+        if body.get("stream"):
+            return self._client.stream(self.path(operation), body)
+        return Turn.from_reply(self._post(operation, body))
 
-def response_error(response: httpx.Response) -> ApiError:
-    """The exception for an error response, its body read."""
-    try:
-        body = response.json()
-    except ValueError:
-        body = response.text
-    return error_of(response.status_code, body)
+    def _post(self, operation: str, body: dict[str, Any]) -> dict[str, Any]:
+        return self._client.request("POST", self.path(operation), body, keyed=True)

@@ -16,6 +16,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from stateful_sglang.attachments.check import Attachment
+from stateful_sglang.runtime import isolation
 from stateful_sglang.session import bounds
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
@@ -304,9 +305,14 @@ def _checked_request(
         obj.input_ids = obj.input_ids["input_ids"]
     try:
         check(obj, vocab_size=config.vocab_size, hidden_size=config.hidden_size)
+        batch = _batch_size(obj)
+        _require(isolation.id_problem(obj, batch))
+        _require(isolation.problem(obj, manager))
     except RefusedError as error:
         return _refuse(error)
-    return generate_request(manager, obj, request)
+    names = isolation.under_own_ids(obj, batch, request)
+    outputs = generate_request(manager, obj, request)
+    return isolation.as_named(outputs, names) if names else outputs
 
 
 async def _refusing(handle: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from stateful_sglang import cache_folder
 from stateful_sglang.draft import sources
@@ -27,8 +27,13 @@ VARIABLES: Mapping[str, str] = {
     cache_folder.ENV: "what --cache-dir is, for every command",
     f"{PREFIX}CPU_ISA": "avx512, avx2 or portable force a path of the CPU kernels, off means none",
     f"{PREFIX}CPU_LIBRARY": "a library of CPU kernels to load in place of building one",
+    f"{PREFIX}API_KEY": "the key that the command sessions asks a server with",
+    f"{PREFIX}READY_FD": "where a server tells its supervisor that it answers; not for people",
 }
 """Every environment variable of ours, and what it says."""
+
+
+JournalSync = Literal["full", "normal"]
 
 
 class OptionError(ValueError):
@@ -128,6 +133,27 @@ class Options:
             choices=lambda: ("off", "int8"),
         ),
     )
+    restart: str = field(
+        default="never",
+        metadata=_about(
+            "on-crash: start the server again when one of its processes has died, with growing "
+            "delays; clients that repeat their requests notice a delay only",
+            choices=lambda: ("never", "on-crash"),
+        ),
+    )
+    drain_s: int = field(
+        default=30,
+        metadata=_about(
+            "longest time that running turns have to end after SIGTERM or Ctrl-C, while new ones "
+            "are refused; a second signal ends the server at once",
+            metavar="SECONDS",
+            bounds=Bounds(0, 3600, "expected 0 to 3600 seconds, for example --drain-s 30"),
+        ),
+    )
+    metrics: bool = field(
+        default=True,
+        metadata=_about("off: no /metrics, unless SGLang's --enable-metrics asks for it"),
+    )
     cache_dir: Path | None = field(
         default=None,
         metadata=_about(
@@ -135,6 +161,68 @@ class Options:
             metavar="DIR",
             kind=Path,
             travels=False,  # as the cache's own variable, which other commands read too
+        ),
+    )
+    keys: Path | None = field(
+        default=None,
+        metadata=_about(
+            "the file of API keys, as stateful-sglang keys makes it; off: no keys; without the "
+            "option, keys.json in the cache folder, where that is there",
+            metavar="FILE",
+            kind=Path,
+            travels=False,  # requests are judged where they come in
+        ),
+    )
+    allow_host: tuple[str, ...] = field(
+        default=(),
+        metadata=_about(
+            "a further name that the server answers under, beside loopback and the address that it "
+            "listens on; commas between several; *: any",
+            metavar="NAME",
+            travels=False,
+        ),
+    )
+    allow_origin: tuple[str, ...] = field(
+        default=(),
+        metadata=_about(
+            "pages of another origin that may use the server, as https://host:port; commas between "
+            "several; null: pages without one; *: any page",
+            metavar="ORIGIN",
+            travels=False,
+        ),
+    )
+    insecure: bool = field(
+        default=False,
+        metadata=_about(
+            "on: listen beyond this machine without keys, for whoever can reach it",
+            travels=False,
+        ),
+    )
+    journal: str | None = field(
+        default=None,
+        metadata=_about(
+            "file that sessions are recorded in, by default journal.sqlite3 in the cache folder; "
+            "off: they are lost with the server",
+            metavar="PATH",
+            kind=str,
+        ),
+    )
+    journal_sync: JournalSync = field(
+        default="full",
+        metadata=_about(
+            "full: a turn is on the disk before it is answered; normal: it survives the server's "
+            "end, and may be lost with the machine's power",
+            choices=lambda: get_args(JournalSync),
+        ),
+    )
+    journal_max_gb: float = field(
+        default=16.0,
+        metadata=_about(
+            "GiB that the journal's files may take, beyond which nothing new is recorded",
+            metavar="GIB",
+            bounds=Bounds(
+                0.01, 1e6, "expected GiB of disk, 0.01 or more, for example --journal-max-gb 16"
+            ),
         ),
     )
     quiet: bool = field(
@@ -188,7 +276,7 @@ class Declared(NamedTuple):
     name: str
     default: Any
     kind: type
-    """Of its values: bool, int, float, str or Path."""
+    """Of its values: bool, int, float, str, Path, or tuple, which is of strings."""
     option: Option
 
     @property
@@ -212,7 +300,7 @@ class Declared(NamedTuple):
     @property
     def shown_default(self) -> str:
         """The default as a person would write it; empty where there is none."""
-        if self.default is None:
+        if self.default in (None, ()):
             return ""
         if self.kind is bool:
             return "on" if self.default else "off"

@@ -31,9 +31,11 @@ def _attach(options: Options) -> None:
 
     attachments.require_match()
     cpu.attach(int8=options.cpu_quant == "int8")
-    from stateful_sglang.runtime import admission
+    from stateful_sglang.runtime import admission, grammar_cache, isolation
 
     admission.attach()
+    grammar_cache.attach()
+    isolation.attach()
     if not options.stateful:
         return
     from stateful_sglang.runtime import grammar_compile, min_tokens, stops

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from stateful_sglang import loopback
 from stateful_sglang.server import machine
 from stateful_sglang.server.errors import LaunchError
 
@@ -29,3 +30,23 @@ def check(given: Mapping[str, Any]) -> None:
             f"cannot listen on {host}:{port}: {problem}. Stop what is using the port, or choose "
             "another with --port"
         )
+
+
+def require_keys(given: Mapping[str, Any], *, keyed: bool) -> None:
+    """Refuse to listen beyond this machine for callers that need no key.
+
+    Args:
+        given: SGLang's arguments; its own ``--api-key`` is a key too.
+        keyed: There is a file of keys.
+
+    Raises:
+        LaunchError: The host among these arguments can be reached by others.
+    """
+    host = given.get("host", DEFAULT_HOST)
+    if keyed or given.get("api_key") or loopback.is_loopback(str(host).strip("[]")):
+        return
+    raise LaunchError(
+        f"--host {host} lets other machines in, and no keys exist, so that whoever reaches this "
+        "one could read every session. Make keys with stateful-sglang keys add --tenant NAME, or "
+        "leave --host out, or add --insecure where everybody who can reach it may use it"
+    )

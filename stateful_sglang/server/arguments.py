@@ -15,7 +15,7 @@ from typing import Any
 
 from stateful_sglang import cache_folder, loopback
 from stateful_sglang.runtime.options import Options
-from stateful_sglang.server import address, conflicts, model, quiet, suit
+from stateful_sglang.server import address, conflicts, isolation, model, quiet, suit
 from stateful_sglang.server.errors import LaunchError
 from stateful_sglang.server.parser import Parser
 from stateful_sglang.server.suit import Setting
@@ -54,6 +54,7 @@ def settle(options: Options, theirs: list[str]) -> tuple[Any, Options]:
     else:
         model.check(given["model_path"], given.get("load_format", "auto"))
     address.check(given)
+    isolation.check(given, options)
     added |= address.default(given)
     report = ""
     if prepared.cpu_engine and given.get("device", "cpu") == "cpu":

@@ -21,13 +21,21 @@ prepare()
 
 from stateful_sglang import cpu
 from stateful_sglang.attachments.check import TABLE, Attachment, fingerprint
-from stateful_sglang.runtime import admission, grammar_compile, min_tokens, stops
+from stateful_sglang.runtime import (
+    admission,
+    ending,
+    grammar_cache,
+    grammar_compile,
+    isolation,
+    min_tokens,
+    stops,
+)
 from stateful_sglang.runtime.sessions import engine as client
 from stateful_sglang.runtime.sessions import requests, scheduler
 from stateful_sglang.runtime.speculation import algorithm as draft_spec
 from stateful_sglang.runtime.speculation import worker as draft_worker
 from stateful_sglang.runtime.tree import cache as tree
-from stateful_sglang.server import upstream
+from stateful_sglang.server import own_requests, upstream
 
 ATTACHMENTS: tuple[Attachment, ...] = tuple(
     sorted(
@@ -38,11 +46,15 @@ ATTACHMENTS: tuple[Attachment, ...] = tuple(
             *draft_spec.ATTACHMENTS,
             *draft_worker.ATTACHMENTS,
             *grammar_compile.ATTACHMENTS,
+            *ending.ATTACHMENTS,
+            *grammar_cache.ATTACHMENTS,
+            *isolation.ATTACHMENTS,
             *min_tokens.ATTACHMENTS,
             *requests.ATTACHMENTS,
             *scheduler.ATTACHMENTS,
             *stops.ATTACHMENTS,
             *tree.ATTACHMENTS,
+            *own_requests.ATTACHMENTS,
             *upstream.ATTACHMENTS,
         },
         key=lambda row: (row.target, row.kind, row.reason),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from stateful_sglang.runtime.options import Options
@@ -53,6 +54,9 @@ _OWN_TREE = "sessions keep their KV in a prefix tree of their own"
 _OWN_SESSIONS = "SGLang's sessions and ours would both decide what the tree keeps"
 _ONE_TREE = "a session's KV lies with one scheduler, which requests would miss"
 _WHOLE_CONTEXT = "the tree was never run with a context that is split over devices"
+_OTHER_DOOR = (
+    "requests to SGLang's gRPC server pass none of the keys, tenants and limits of our HTTP routes"
+)
 
 OTHER_SERVERS = (
     Conflict("use_ray", "it starts SGLang's server on Ray", _given),
@@ -99,6 +103,7 @@ ARGUMENTS = (
     Conflict("enable_pd_role_switch", "it is for servers that only prefill or decode", _given),
     Conflict("enable_pdmux", "turns are committed by the ordinary scheduler loop", _given),
     Conflict("decoupled_spec_role", "turns are committed by the ordinary scheduler loop", _given),
+    Conflict("grpc_port", _OTHER_DOOR, _given),
     # Requests that arrive or are answered in another form.
     Conflict("skip_tokenizer_init", "the session routes render and tokenise messages", _given),
     Conflict("is_embedding", "a session generates text, an embedding server does not", _given),
@@ -126,11 +131,33 @@ VARIABLES = (
         _false,
     ),
     Conflict("SGLANG_RUST_SERVER", "SGLang's Rust server has none of our routes", _true),
+    Conflict("SGLANG_GRPC_PORT", _OTHER_DOOR, _given),
     Conflict(
         "SGLANG_TEST_SCRIPTED_RUNTIME", "SGLang's test harness replaces the scheduler loop", _true
     ),
 )
 """Environment variables that sessions exclude."""
+
+_TWO_SETS = "SGLang's keys and ours would both be asked for"
+_NO_OWNER = "belong to no tenant"
+
+WITH_KEYS = (
+    Conflict("api_key", _TWO_SETS, _given),
+    Conflict("admin_api_key", _TWO_SETS, _given),
+    Conflict("grpc_port", "SGLang's gRPC server beside the HTTP server asks for no key", _given),
+    Conflict("tokenizer_worker_num", "one process asks for keys and knows the tenants", _several),
+    Conflict("disaggregation_mode", "its servers talk to each other without a key", _given),
+    Conflict("enable_response_store", f"stored responses {_NO_OWNER}", _given),
+    Conflict("enable_session_radix_cache", f"SGLang's sessions {_NO_OWNER}", _given),
+    Conflict("enable_streaming_session", f"SGLang's sessions {_NO_OWNER}", _given),
+)
+"""Arguments that a file of keys excludes, with sessions or without."""
+
+VARIABLES_WITH_KEYS = (
+    Conflict("SGLANG_GRPC_PORT", "SGLang's gRPC server beside ours asks for no key", bool),
+    Conflict("SGLANG_RUST_SERVER", "SGLang's Rust server asks for no key", _true),
+)
+"""Environment variables that it excludes."""
 
 
 def plugin_left_out(environ: Mapping[str, str]) -> bool:
@@ -178,6 +205,24 @@ def check(given: Mapping[str, Any], options: Options) -> None:
         raise LaunchError(
             f"{shown} cannot be combined with sessions: {conflict.reason}. Leave it out, or add "
             "--stateful off"
+        )
+
+
+def check_keys(given: Mapping[str, Any], environ: Mapping[str, str], keys: Path) -> None:
+    """Refuse arguments and variables that a file of keys excludes.
+
+    Raises:
+        LaunchError: Names it and the reason, and never a value, which may be a secret.
+    """
+    found, remedy = first(WITH_KEYS, given), "Leave it out"
+    name = "" if found is None else flag(found.name)
+    if found is None:
+        found, remedy = first(VARIABLES_WITH_KEYS, environ), "Unset it"
+        name = "" if found is None else found.name
+    if found is not None:
+        raise LaunchError(
+            f"{name} cannot be combined with keys, and {keys} has some: {found.reason}. {remedy}, "
+            "or move the file away"
         )
 
 

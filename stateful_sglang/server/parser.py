@@ -64,6 +64,10 @@ def _add(parser: Parser, each: Declared) -> None:
     more: dict[str, Any] = {"help": text.replace("%", "%%"), "metavar": each.option.metavar}
     if each.kind is bool:
         more["action"] = _OnOff
+        if not each.default:  # The flag alone says enough.
+            more |= {"nargs": "?", "const": "on"}
+    elif each.kind is tuple:
+        more["action"] = _Words
     else:
         more["type"] = each.kind
     parser.add_argument(each.flag, dest=each.name, choices=each.choices, **more)
@@ -80,3 +84,18 @@ class _OnOff(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         setattr(namespace, self.dest, values == "on")
+
+
+class _Words(argparse.Action):
+    """Words with commas between them, or the option several times."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        words = (word.strip() for word in values.split(","))
+        so_far = getattr(namespace, self.dest, ())
+        setattr(namespace, self.dest, (*so_far, *filter(None, words)))

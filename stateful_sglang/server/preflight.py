@@ -13,7 +13,7 @@ from typing import Any
 
 from stateful_sglang import SGLANG_VERSION
 from stateful_sglang.runtime.options import Options
-from stateful_sglang.server import address, arguments, conflicts, model
+from stateful_sglang.server import address, arguments, conflicts, isolation, journal, model
 from stateful_sglang.server.errors import LaunchError
 from stateful_sglang.server.parser import Parser
 
@@ -22,13 +22,16 @@ def check(options: Options, theirs: list[str]) -> dict[str, Any]:
     """Refuse what needs no import to be refused; the arguments that were looked at.
 
     Raises:
-        LaunchError: SGLang's release, the port, the model's folder or an argument will not do.
+        LaunchError: SGLang's release, the port, the journal, the model's folder or an argument
+            will not do.
     """
     require_sglang()
     given = written_out(theirs)
     conflicts.check(given, options)
     if given.get("node_rank", 0) == 0:
         address.check(given)
+        isolation.check(given, options)
+        journal.check(options)
     if "model_path" in given:
         model.check(given["model_path"], given.get("load_format", "auto"))
     return given
@@ -70,6 +73,11 @@ def written_out(theirs: list[str]) -> dict[str, Any]:
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
     parser.add_argument("--node-rank", type=int)
+    parser.add_argument("--api-key")
+    parser.add_argument("--admin-api-key")
+    parser.add_argument("--grpc-port", type=int)
+    parser.add_argument("--tokenizer-worker-num", type=int)
+    parser.add_argument("--enable-response-store", action="store_true")
     parser.add_argument("--model-path", "--model")
     parser.add_argument("--load-format")
     parser.add_argument("--log-level")

@@ -6,11 +6,16 @@ importing this module is what prepares it.
 
 from __future__ import annotations
 
+import multiprocessing
 from typing import Any
 
 from stateful_sglang.cpu import platform
-from stateful_sglang.server import quiet
+from stateful_sglang.server import lifetime, quiet
 
+parent = multiprocessing.parent_process()
+if parent is not None and parent.pid is not None:
+    # SGLang's own processes ask for this too, but only behind ten seconds of imports.
+    lifetime.end_with_parent(parent.pid)
 quiet.install()
 platform.prepare()
 

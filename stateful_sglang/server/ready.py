@@ -17,8 +17,14 @@ _ANSWER_TIMEOUT_S = 60.0
 _ANSWER_POLL_S = 0.05
 
 
-def announce(server_args: Any, options: Options) -> None:
-    """Say that the server answers. SGLang calls this once its own warm-up is through."""
+def announce(server_args: Any, options: Options, *, key: bool) -> None:
+    """Say that the server answers. SGLang calls this once its own warm-up is through.
+
+    Args:
+        server_args: SGLang's.
+        options: Ours.
+        key: Whether it asks for an API key.
+    """
     url = server_args.url()
     if not _answers(url):
         return  # SGLang has said what was wrong, or is being stopped
@@ -26,7 +32,7 @@ def announce(server_args: Any, options: Options) -> None:
         url,
         seconds=time.time() - _process_start(),
         stateful=options.stateful,
-        key=bool(server_args.api_key),
+        key=key,
         past_proxy=loopback.has_proxy(os.environ),
     )
     if options.quiet:

@@ -103,6 +103,8 @@ def for_sessions(options: Options, given: Mapping[str, Any], added: dict[str, Se
     before it calls that.
     """
     added["radix_cache_backend"] = "cardinal"
+    if options.metrics and "enable_metrics" not in given:
+        added["enable_metrics"] = True
     if options.draft == "off" or "speculative_algorithm" in given:
         return
     added["speculative_algorithm"] = "PROMPT_LOOKUP"

@@ -16,6 +16,11 @@ ATTACHMENTS = (
         "the application that our routes are added to",
     ),
     Attachment(
+        "sglang.srt.entrypoints.http_server.get_global_state",
+        "relies",
+        "the tokenizer manager, once there is one",
+    ),
+    Attachment(
         "sglang.srt.utils.common.kill_process_tree",
         "relies",
         "ends the processes that the server has started",

@@ -8,8 +8,45 @@ from typing import Literal
 
 from stateful_sglang.service.sampling import ConstraintKind, Sampling
 from stateful_sglang.session.messages import Head, Message
+from stateful_sglang.session.records import DEFAULT_TENANT, Retention, SessionOptions, State
+from stateful_sglang.tenants import TenantLimits
 
 ToolChoice = Literal["auto", "none", "required"]
+
+DEFAULT_WAIT_S = 10.0
+MAX_WAIT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks."""
+
+    tenant: str = DEFAULT_TENANT
+    salt: str | None = field(default=None, repr=False)
+    """What the tenant's KV is kept apart by; None where there is one tenant."""
+    limits: TenantLimits | None = None
+    """None: the server's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """An idempotency key: what is asked under it again is answered with what it gave before."""
+
+    key: str
+    digest: str
+    """Of what is asked, the form of the answer left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How a caller takes its turn at a session, which has one writer at a time."""
+
+    on_busy: Literal["wait", "fail"] = "wait"
+    wait_s: float = DEFAULT_WAIT_S
+    """Seconds to wait for others' turns, 0 to `MAX_WAIT_S`."""
+    expected_version: int | None = None
+    """Refuse unless the session is at this version when the caller's turn comes."""
+    key: Key | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +56,14 @@ class OpenSession:
     head: Head = field(default_factory=Head)
     messages: tuple[Message, ...] = ()
     """What the first append begins with."""
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    options: SessionOptions = field(default_factory=SessionOptions)
+    key: Key | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class NewMessages:
-    """Messages to append, rendered by the model's chat template."""
+    """Messages to append, rendered by the model's chat template behind those that are pending.
+    None at all: the answer is to what is there."""
 
     messages: tuple[Message, ...]
 
@@ -65,5 +104,76 @@ class Append:
     """``required``: the answer is one call of a tool, which is a constraint of its own."""
     stream: bool = False
     """False: the caller reads only the end, so that progress may be sparse."""
-    expected_version: int | None = None
-    """Refuse unless the session is at this version."""
+    writing: Writing = field(default_factory=Writing)
+    ephemeral: bool = False
+    """Answer from the session without committing: it never waits for a writer, nor blocks one."""
+    detach: bool = False
+    """The turn goes on to its commit when nobody reads it any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ingest:
+    """Add messages without generating, their KV being computed while the caller goes on.
+
+    Results of tools may come in any order: they are put in the order of the calls.
+    """
+
+    messages: tuple[Message, ...]
+    writing: Writing = field(default_factory=Writing)
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Open a session that shares another's past; nothing is copied and nothing computed."""
+
+    version: int | None = None
+    """None: the version it is at."""
+    options: SessionOptions | None = None
+    """None: the source's."""
+    key: Key | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """Take the session back to one of its versions."""
+
+    version: int
+    writing: Writing = field(default_factory=Writing)
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """Put other messages in the place of what some turns said, or drop it; later turns stay.
+
+    The turns are those after version `after`, up to version `through`; both are on the way to the
+    version that the session is at. What stands before them is kept with its KV.
+    """
+
+    after: int
+    messages: tuple[Message, ...] = ()
+    through: int | None = None
+    """None: up to the end."""
+    writing: Writing = field(default_factory=Writing)
+
+
+@dataclass(frozen=True, slots=True)
+class Touch:
+    """Say that a session is in use; what is None stays as it is."""
+
+    ttl_s: float | None = None
+    retention: Retention | None = None
+    priority: int | None = None
+    metadata: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ListSessions:
+    """Which of the caller's sessions to list, the last used first."""
+
+    limit: int = 100
+    after: str | None = None
+    """The id that the last page ended with."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Only those with all of these pairs."""
+    state: State | None = "open"
+    """None: of any state."""

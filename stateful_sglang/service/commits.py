@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stateful_sglang.rendering.delta import DeltaRenderer
 from stateful_sglang.service import tool_calls
 from stateful_sglang.service.commands import Append
+from stateful_sglang.service.directory import Resident
 from stateful_sglang.service.engine import TurnEngine, TurnProgress
-from stateful_sglang.service.results import TurnResult, Usage
+from stateful_sglang.service.idempotency import Keeping
+from stateful_sglang.service.results import TurnResult, Usage, as_json
 from stateful_sglang.session.errors import CommitFailedError
-from stateful_sglang.session.history import Commit
-from stateful_sglang.session.journal.base import CommitLog
+from stateful_sglang.session.journal.base import Journal, JournalError
 from stateful_sglang.session.messages import Message
-from stateful_sglang.session.store import Session, SessionStore
 from stateful_sglang.session.turn import PlannedTurn
 
 logger = logging.getLogger(__name__)
@@ -25,30 +25,33 @@ logger = logging.getLogger(__name__)
 class AcceptedAppend:
     """An append that became a turn."""
 
-    session: Session
+    resident: Resident
     command: Append
     plan: PlannedTurn
     max_tokens: int
     """Most tokens it may generate, at most what was asked for."""
     arrived: float
     """When it came, by `time.perf_counter`."""
+    keeping: Keeping
+    """Where its result is kept, if it is."""
+    version: int
+    """The version it continues."""
+    history: int
+    """Tokens of that version."""
 
 
 class Committer:
     """Makes a session's next version of what a turn gave."""
 
-    def __init__(
-        self, engine: TurnEngine, store: SessionStore, renderer: DeltaRenderer, log: CommitLog
-    ) -> None:
+    def __init__(self, engine: TurnEngine, journal: Journal, renderer: DeltaRenderer) -> None:
         self._engine = engine
-        self._store = store
+        self._journal = journal
         self._renderer = renderer
-        self._log = log
 
     async def commit(
         self, append: AcceptedAppend, last: TurnProgress, first_token_at: float
     ) -> TurnResult:
-        """Commit a turn.
+        """Commit a turn; of an ephemeral one, keep its result at most.
 
         Args:
             append: What was asked for.
@@ -59,33 +62,43 @@ class Committer:
             CommitFailedError: It could not be recorded; nothing has changed.
         """
         assert last.finish is not None
-        session, plan = append.session, append.plan
-        history = len(session.tip.transcript)
+        session = append.resident.session
         raw = self._renderer.answer_text(last.output_ids)
         parsed = self._parse(append, last.text, raw)
-        finish = "tool_calls" if parsed.calls else last.finish.reason
-        tokens = self._renderer.answer_tokens(last.output_ids, raw)
-        answer = Message("assistant", parsed.content, parsed.calls, raw=raw, tokens=tokens)
-        commit = self._store.prepare(session, plan, last.output_ids, answer, finish)
-        await self._record(session, commit)
-        self._store.publish(session, commit)
-        return TurnResult(
-            session_id=session.id,
-            version=commit.version,
-            text=last.text,
-            content=parsed.content,
-            calls=parsed.calls,
-            finish_reason=finish,
-            usage=_usage(append, history, last, first_token_at),
-            output_ids=last.output_ids,
-        )
+        # The lock, because the version is the session's next one until it is published.
+        async with append.resident.recording:
+            result = TurnResult(
+                session_id=session.id,
+                version=append.version if append.command.ephemeral else session.history.newest + 1,
+                text=last.text,
+                content=parsed.content,
+                calls=parsed.calls,
+                finish_reason="tool_calls" if parsed.calls else last.finish.reason,
+                usage=_usage(append, last, first_token_at),
+                output_ids=last.output_ids,
+            )
+            try:
+                await self._record(append, result, raw)
+            except JournalError as error:
+                logger.error("a turn could not be recorded: %s", error)
+                raise CommitFailedError(str(error)) from error
+        return result
 
-    async def _record(self, session: Session, commit: Commit) -> None:
-        try:
-            await self._log.append(session.id, commit)
-        except Exception as error:
-            logger.exception("a commit of version %d could not be recorded", commit.version)
-            raise CommitFailedError(f"{type(error).__name__}: {error}") from error
+    async def _record(self, append: AcceptedAppend, result: TurnResult, raw: str) -> None:
+        session = append.resident.session
+        keyed = None if append.keeping.key is None else append.keeping.result(as_json(result))
+        if append.command.ephemeral:
+            if keyed is not None:
+                await self._journal.keep(keyed)
+            return
+        tokens = self._renderer.answer_tokens(result.output_ids, raw)
+        # What is equal is one object: an answer without calls is kept once.
+        content = raw if result.content == raw else result.content
+        answer = Message("assistant", content, result.calls, raw=raw, tokens=tokens)
+        commit = session.prepare(append.plan, result.output_ids, answer, result.finish_reason)
+        record = replace(session.record(self._engine.model_digest, commit), used_at=time.time())
+        await self._journal.append(record, commit, keyed)
+        session.publish(commit, held=True)
 
     def _parse(self, append: AcceptedAppend, text: str, raw: str) -> tool_calls.ParsedAnswer:
         head, command = append.plan.head, append.command
@@ -97,9 +110,8 @@ class Committer:
         return parsed or tool_calls.parse_hermes_calls(text, head)
 
 
-def _usage(
-    append: AcceptedAppend, history: int, last: TurnProgress, first_token_at: float
-) -> Usage:
+def _usage(append: AcceptedAppend, last: TurnProgress, first_token_at: float) -> Usage:
+    history = append.history
     generated, steps = len(last.output_ids), last.decode_steps
     asked = append.command.sampling.max_tokens
     return Usage(

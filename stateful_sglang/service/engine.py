@@ -15,12 +15,23 @@ from typing import Any, Literal, NamedTuple, Protocol
 from stateful_sglang.service.sampling import Constraint, Sampling
 from stateful_sglang.service.tool_calls import ParsedAnswer
 
-ErrorKind = Literal["stale_base", "busy", "conflict", "invalid", "overloaded", "broken"]
+ErrorKind = Literal[
+    "stale_base", "busy", "conflict", "invalid", "overloaded", "out_of_memory", "broken"
+]
 """Why an engine ended a turn, or gave no answer:
 
 ``stale_base`` a rank holds fewer tokens than are committed; ``busy`` it runs another turn of the
 session; ``conflict`` it refuses the turn for another reason of the session's state; ``invalid``
-the request can't be followed; ``overloaded`` not now, but later; ``broken`` anything else."""
+the request can't be followed; ``overloaded`` not now, but later; ``out_of_memory`` the scheduler
+gave it up to have room for others, so that the same turn can run now; ``broken`` anything else."""
+
+TurnKind = Literal["turn", "ephemeral", "prefill"]
+"""What becomes of a turn on the ranks:
+
+``turn`` its tokens are kept provisionally, until the next one says what was committed;
+``ephemeral`` nothing of it is kept, its KV is dead at its end, and it may run beside another turn
+of the session; ``prefill`` nothing is generated, and the KV of its delta is kept for the session,
+so that the next turn, whose delta begins with the same tokens, finds it."""
 
 
 class EngineError(Exception):
@@ -62,6 +73,9 @@ class TurnRequest:
     constraint: Constraint | None = None
     stream: bool = True
     """False: nobody reads between the first token and the last, so progress may be sparse."""
+    kind: TurnKind = "turn"
+    salt: str | None = field(default=None, repr=False)
+    """KV is shared among requests of one salt only; None: with all that have none."""
 
 
 class TurnProgress(NamedTuple):
@@ -90,6 +104,8 @@ class TurnEngine(Protocol):
         ...
 
     vocab_size: int
+    model_digest: str
+    """Of the model and its chat template: a session of another one can't be continued."""
     tokenizer: Any
     eos_ids: frozenset[int]
 
@@ -119,6 +135,15 @@ class TurnEngine(Protocol):
         Raises:
             ConstraintError: The model server can't follow it; says why.
         """
+        ...
+
+    async def fork_session(self, source_id: str, session_id: str, length: int) -> None:
+        """Let a new session share the first `length` tokens of another, their KV and their draft
+        material, before its first turn. A rank that can't says so at that turn (``stale_base``)."""
+        ...
+
+    async def rollback_session(self, session_id: str, length: int) -> None:
+        """Drop the session's tokens beyond `length`: their KV is superseded, and evicted first."""
         ...
 
     async def close_session(self, session_id: str) -> None:

@@ -13,6 +13,7 @@ _TOLD: Mapping[ErrorKind, str] = {
     "conflict": "session_conflict",
     "invalid": "invalid_request",
     "overloaded": "engine_unavailable",
+    "out_of_memory": "engine_unavailable",
     "broken": "engine_error",
 }
 

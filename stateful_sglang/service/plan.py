@@ -19,8 +19,10 @@ from stateful_sglang.service.failures import turn_failed
 from stateful_sglang.service.sampling import DEFAULT_MAX_TOKENS, Constraint, Sampling
 from stateful_sglang.session.conversation import absorb_system
 from stateful_sglang.session.errors import ContextOverflowError, InvalidInputError
-from stateful_sglang.session.messages import Head
-from stateful_sglang.session.store import Session
+from stateful_sglang.session.history import Commit
+from stateful_sglang.session.messages import Head, Message
+from stateful_sglang.session.session import Session
+from stateful_sglang.session.tool_results import common_prefix, followers, in_call_order
 from stateful_sglang.session.turn import PlannedTurn
 
 
@@ -58,22 +60,28 @@ class Planner:
             return None
         return Constraint(asked.kind, await self._prepared(asked.kind, asked.text, asked.field))
 
-    def plan(self, session: Session, content: NewMessages | NewText | NewTokens) -> PlannedTurn:
-        """What the append adds, rendered and tokenised, and proven to fit.
+    def plan(
+        self, session: Session, content: NewMessages | NewText | NewTokens | None
+    ) -> PlannedTurn:
+        """What the append adds, rendered and tokenised, and proven to fit; None: what is pending.
 
         Raises:
             InvalidInputError: It can't be rendered, or comes to nothing.
             ContextOverflowError: It doesn't fit.
         """
         tip = session.tip
-        head, messages = tip.conversation.head, None
-        if isinstance(content, NewMessages):
-            messages = [*tip.pending, *content.messages]
-            if session.version:
-                rendered = self._renderer.next(tip.conversation, tip.transcript, messages)
-            else:
-                head, messages = absorb_system(head, messages)
-                rendered = self._renderer.first(head, messages)
+        head = tip.conversation.head
+        messages: Sequence[Message] | None = None
+        if content is None or isinstance(content, NewMessages):
+            new = () if content is None else content.messages
+            messages = in_call_order(tip.conversation, [*tip.pending, *new])
+            if not messages:
+                raise InvalidInputError(
+                    "messages",
+                    "there is nothing to answer: every message of this session is "
+                    "answered; append one",
+                )
+            head, messages, rendered = self._rendered(session, messages)
         else:
             rendered = self._raw(session, content)
         if not rendered.delta:
@@ -88,6 +96,58 @@ class Planner:
         return PlannedTurn(
             rendered.base_len, rendered.delta, rendered.rewind_reason, head, messages
         )
+
+    def plan_prefill(self, session: Session, pending: Sequence[Message]) -> PlannedTurn | None:
+        """What the next turn's delta begins with, whatever follows the pending messages.
+
+        None where there is nothing to compute ahead: the template rewrites history with what
+        follows, or the messages don't fit.
+
+        Raises:
+            InvalidInputError: They can't be rendered.
+        """
+        head, messages, now = self._rendered(session, pending)
+        length = len(now.delta)
+        for then in followers(pending):
+            _, _, more = self._rendered(session, [*pending, then])
+            if more.base_len != now.base_len:
+                return None
+            length = min(length, common_prefix(now.delta, more.delta))
+        if not length or length > self.tokens_left(now.base_len):
+            return None
+        return PlannedTurn(now.base_len, now.delta[:length], now.rewind_reason, head, messages)
+
+    def check_pending(self, parent: Commit, pending: Sequence[Message]) -> None:
+        """Prove that a turn could begin with these messages behind a commit.
+
+        Raises:
+            InvalidInputError: They can't be rendered.
+            ContextOverflowError: They don't fit.
+        """
+        rendered = self._behind(parent, pending)[2]
+        left = self.tokens_left(rendered.base_len)
+        if len(rendered.delta) > left:
+            raise ContextOverflowError(
+                delta_tokens=len(rendered.delta),
+                tokens_left=left,
+                context_length=self._engine.context_length,
+            )
+
+    def _rendered(
+        self, session: Session, messages: Sequence[Message]
+    ) -> tuple[Head, Sequence[Message], RenderedDelta]:
+        return self._behind(session.tip, messages)
+
+    def _behind(
+        self, commit: Commit, messages: Sequence[Message]
+    ) -> tuple[Head, Sequence[Message], RenderedDelta]:
+        """Messages behind a commit: the head from there on, the messages left, what they add."""
+        head = commit.conversation.head
+        if len(commit.transcript):
+            rendered = self._renderer.next(commit.conversation, commit.transcript, messages)
+            return head, messages, rendered
+        head, messages = absorb_system(head, messages)
+        return head, messages, self._renderer.first(head, messages)
 
     def tokens_left(self, held: int) -> int:
         """Tokens that a delta behind `held` tokens may have, one being kept for the answer."""
@@ -158,8 +218,8 @@ def constrained_by(command: Append) -> str | None:
     return None if command.constraint is None else command.constraint.field
 
 
-def _field(content: NewMessages | NewText | NewTokens) -> str:
-    if isinstance(content, NewMessages):
+def _field(content: NewMessages | NewText | NewTokens | None) -> str:
+    if content is None or isinstance(content, NewMessages):
         return "messages"
     return "text" if isinstance(content, NewText) else "input_ids"
 

@@ -3,154 +3,419 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
+import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
-from stateful_sglang.rendering.content import ContentTokens
 from stateful_sglang.rendering.delta import DeltaRenderer
-from stateful_sglang.service.commands import Append, OpenSession
+from stateful_sglang.service import exchange
+from stateful_sglang.service.changes import Changes
+from stateful_sglang.service.commands import (
+    Append,
+    Caller,
+    Edit,
+    Fork,
+    Ingest,
+    Key,
+    ListSessions,
+    OpenSession,
+    Rollback,
+    Touch,
+)
 from stateful_sglang.service.commits import AcceptedAppend, Committer
+from stateful_sglang.service.core import Core, Limits, journal_errors, view_from
+from stateful_sglang.service.directory import Resident
 from stateful_sglang.service.engine import EngineError, TurnEngine, TurnProgress, TurnRequest
-from stateful_sglang.service.failures import not_done, turn_failed
+from stateful_sglang.service.events import MAX_LISTENERS
+from stateful_sglang.service.failures import not_done
+from stateful_sglang.service.idempotency import InFlight, Keeping, Scope
+from stateful_sglang.service.observe import NullObserver, Observer, Outcome
 from stateful_sglang.service.plan import Planner, constrained_by
-from stateful_sglang.service.results import Closed, SessionList, SessionView, TurnResult
-from stateful_sglang.service.turns import RunningTurn
-from stateful_sglang.session.errors import SessionClosedError
-from stateful_sglang.session.journal.base import CommitLog, NoLog
-from stateful_sglang.session.store import Session, SessionStore
+from stateful_sglang.service.results import (
+    Closed,
+    Ingested,
+    SessionEvent,
+    SessionList,
+    SessionMessages,
+    SessionView,
+    TurnResult,
+    from_json,
+)
+from stateful_sglang.service.turns import KeptTurn, RunningTurn, TurnReader
+from stateful_sglang.session.errors import (
+    CommitFailedError,
+    SessionClosedError,
+    SessionError,
+    TooManyRequestsError,
+    TurnAbortedError,
+)
+from stateful_sglang.session.ids import new_rid
+from stateful_sglang.session.journal.base import Journal, SessionQuery
+from stateful_sglang.session.records import KeyedResult
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class Limits:
-    """What one server takes on."""
-
-    max_sessions: int = 10_000
-    max_body_bytes: int | None = None
-    """Largest request body; None: 32 bytes for each token of the context, at least 1 MiB."""
-    content_tokens: ContentTokens = "text"
-    """What special tokens spelled in messages become: text, or tokens."""
+_MAINTENANCE_S = 5.0
 
 
 class SessionService:
     """The one owner of sessions in the API process."""
 
     def __init__(
-        self, engine: TurnEngine, limits: Limits | None = None, log: CommitLog | None = None
+        self,
+        engine: TurnEngine,
+        journal: Journal,
+        limits: Limits | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """
         Args:
             engine: The model server.
+            journal: Where every change is recorded before it is answered.
             limits: None for the defaults.
-            log: Records commits before they are published; None keeps them in memory alone.
+            observer: Told the figures of what happens; None: nobody is.
         """
         limits = limits or Limits()
-        self._engine = engine
-        self._store = SessionStore(limits.max_sessions)
         renderer = DeltaRenderer(engine.tokenizer, engine.eos_ids, limits.content_tokens)
         renderer.prepare()
+        self._engine = engine
         self._planner = Planner(engine, renderer)
-        self._committer = Committer(engine, self._store, renderer, log or NoLog())
-        self._turns: dict[str, RunningTurn] = {}
+        self._core = Core(engine, self._planner, journal, limits, observer or NullObserver())
+        self._changes = Changes(self._core)
+        self._committer = Committer(engine, journal, renderer)
+        self._turns: InFlight[RunningTurn] = InFlight(journal)
+        self._running: set[RunningTurn] = set()
+        self._maintenance: asyncio.Task[None] | None = None
         self.max_body_bytes = limits.max_body_bytes or max(1 << 20, 32 * engine.context_length)
 
-    async def open(self, command: OpenSession) -> SessionView:
+    # ---- Changes without generation ----
+
+    async def open(self, caller: Caller, command: OpenSession) -> SessionView:
         """Open a session; nothing is computed."""
-        await self._planner.check_head(command.head)
-        return self._view(self._store.open(command.head, command.messages, command.metadata))
+        self._maintain()
+        return await self._changes.open(caller, command)
 
-    def get(self, session_id: str) -> SessionView:
+    async def fork(self, caller: Caller, session_id: str, command: Fork) -> SessionView:
+        """Open a session that shares another's past; nothing is copied and nothing computed."""
+        self._maintain()
+        return await self._changes.fork(caller, session_id, command)
+
+    async def ingest(self, caller: Caller, session_id: str, command: Ingest) -> Ingested:
+        """Add messages without generating; their KV is computed before the answer."""
+        self._maintain()
+        return await self._changes.ingest(caller, session_id, command)
+
+    async def rollback(self, caller: Caller, session_id: str, command: Rollback) -> SessionView:
+        """Take a session back to one of its versions."""
+        return await self._changes.rollback(caller, session_id, command)
+
+    async def edit(self, caller: Caller, session_id: str, command: Edit) -> SessionView:
+        """Replace or drop what some turns said."""
+        return await self._changes.edit(caller, session_id, command)
+
+    async def touch(self, caller: Caller, session_id: str, command: Touch) -> SessionView:
+        """Count the session as used now, and change how it is kept."""
+        return await self._changes.touch(caller, session_id, command)
+
+    async def close(self, caller: Caller, session_id: str, *, erase: bool = False) -> Closed:
+        """End a session, aborting what runs of it first."""
+        return await self._changes.close(caller, session_id, erase=erase)
+
+    async def import_(
+        self,
+        caller: Caller,
+        exported: Mapping[str, Any],
+        *,
+        key: Key | None = None,
+        accept_other_model: bool = False,
+    ) -> SessionView:
+        """Take in a session that `export` wrote, here or on another server.
+
+        Raises:
+            InvalidInputError: It is no such session.
+            OtherModelError: Its tokens are another model's. With `accept_other_model` its messages
+                alone are taken, and computed anew.
+        """
+        self._maintain()
+        self._core.check_accepting()
+        session = exchange.imported(
+            exported,
+            caller.tenant,
+            model=self._engine.model_digest,
+            vocab_size=self._engine.vocab_size,
+            accept_other_model=accept_other_model,
+        )
+        run = partial(self._changes.adopt, caller, session)
+        return await self._core.once(caller, "", key, run, view_from)
+
+    # ---- Reading ----
+
+    async def get(self, caller: Caller, session_id: str) -> SessionView:
         """A session as last committed."""
-        return self._view(self._store.get(session_id))
+        async with self._core.directory.use(caller, session_id) as resident:
+            return self._core.view(resident.session)
 
-    def list(self, limit: int) -> SessionList:
-        """The sessions opened last, at most `limit`."""
-        newest = list(self._store)[: -limit - 1 : -1]
-        return SessionList(tuple(self._view(each) for each in newest), len(self._store))
+    async def list(self, caller: Caller, command: ListSessions) -> SessionList:
+        """The caller's own sessions, the last used first."""
+        query = SessionQuery(
+            caller.tenant, command.limit, command.after, dict(command.metadata), command.state
+        )
+        with journal_errors("sessions can't be listed"):
+            page = await self._core.journal.list(query)
+        views = []
+        for record in page.records:
+            resident = self._core.directory.resident(record.id)
+            busy = resident is not None and resident.writer.held
+            views.append(self._core.view_of(record, busy=busy))
+        more = page.records[-1].id if len(views) == command.limit else None
+        return SessionList(tuple(views), page.total, more)
 
-    async def close(self, session_id: str) -> Closed:
-        """Forget a session, aborting its turn first."""
-        session = self._store.remove(session_id)
-        # Not to be cut short by the connection that asked for it.
-        await asyncio.shield(asyncio.create_task(self._close(session)))
-        return Closed(session.id, session.version)
+    async def messages(
+        self, caller: Caller, session_id: str, version: int | None = None
+    ) -> SessionMessages:
+        """The messages of a version, so that a lost reply can be read; None: of the last one."""
+        async with self._core.directory.use(caller, session_id) as resident:
+            session = resident.session
+            commit = session.tip if version is None else session.at(version)
+            conversation = commit.conversation
+            return SessionMessages(
+                session_id=session.id,
+                version=commit.version,
+                system=conversation.head.system,
+                messages=tuple(conversation.messages),
+                pending=commit.pending,
+                raw=conversation.raw,
+            )
 
-    async def tree(self, session_id: str | None, limit: int) -> Mapping[str, Any]:
+    async def export(self, caller: Caller, session_id: str) -> dict[str, Any]:
+        """A session with all of its versions, as JSON that `import_` takes."""
+        async with self._core.directory.use(caller, session_id) as resident:
+            return exchange.exported(resident.session, self._engine.model_digest)
+
+    async def events(self, caller: Caller, session_id: str) -> AsyncIterator[SessionEvent]:
+        """What happens to a session from now on, until it ends."""
+        events = self._core.events
+        async with self._core.directory.use(caller, session_id) as resident:
+            if events.listeners(session_id) >= MAX_LISTENERS:
+                raise TooManyRequestsError("that many listen to this session", MAX_LISTENERS)
+            listener = events.listen(session_id)
+            version = resident.session.version
+        try:
+            yield SessionEvent("listening", {"version": version})
+            async for event in listener:
+                yield event
+        finally:
+            events.leave(session_id, listener)
+
+    async def tree(self, caller: Caller, session_id: str | None, limit: int) -> Mapping[str, Any]:
         """The prefix tree, or one session's path in it, as the engine describes it to people."""
         if session_id is not None:
-            self._store.get(session_id)
+            async with self._core.directory.use(caller, session_id):
+                pass
         try:
             return await self._engine.tree_summary(session_id, limit)
         except EngineError as error:
             raise not_done(error) from error
 
-    async def append(self, session_id: str, command: Append) -> RunningTurn:
-        """Start a turn.
+    # ---- Turns ----
+
+    async def append(self, caller: Caller, session_id: str, command: Append) -> TurnReader:
+        """Start a turn, or join the one that was started under the same key.
+
+        It may wait for the session's other turns; a caller that is cancelled meanwhile leaves.
 
         Raises:
             SessionError: What is wrong with the request, before the engine has seen any of it.
         """
+        self._maintain()
+        self._core.check_accepting()
         arrived = time.perf_counter()
-        running = self._turns.get(self._store.get(session_id).id)
-        if running is not None and running.aborting:
-            await running.wait()
-        session = self._writable(session_id, command)
+        keeping = Keeping(Scope(caller.tenant, session_id), command.writing.key)
+        start = partial(self._start, caller, session_id, command, keeping, arrived)
+        if keeping.key is None:
+            return (await start()).reader()
+        while True:
+            with journal_errors("the results under idempotency keys can't be read"):
+                known = await self._turns.join(keeping)
+            if known is None:
+                return (await self._turns.start(keeping, start)).reader()
+            if isinstance(known, KeyedResult):
+                return KeptTurn(from_json(known.result))
+            if not known.aborting and not known.ended:
+                return known.reader()
+            await known.wait()
+            if known.committed:
+                return KeptTurn(await known.result())
+
+    async def _start(
+        self, caller: Caller, session_id: str, command: Append, keeping: Keeping, arrived: float
+    ) -> RunningTurn:
+        async with self._core.directory.use(caller, session_id) as resident:
+            if command.ephemeral:
+                self._core.check_version(resident.session, command.writing.expected_version)
+                return await self._run(caller, resident, command, keeping, arrived)
+            await self._core.take(resident, command.writing)
+            try:
+                return await self._run(caller, resident, command, keeping, arrived)
+            except BaseException:
+                resident.writer.give_back()
+                raise
+
+    async def _run(
+        self,
+        caller: Caller,
+        resident: Resident,
+        command: Append,
+        keeping: Keeping,
+        arrived: float,
+    ) -> RunningTurn:
+        session = resident.session
         constraint = await self._planner.constraint(command, session.tip.conversation.head)
-        if constraint is not None:
-            session = self._writable(session_id, command)
+        # From here to the turn's task nothing waits, so that the tip stays what it is.
+        tip = session.tip
         plan = self._planner.plan(session, command.content)
         sampling = self._planner.sampling(command.sampling, plan)
-        base_len, delta = self._store.begin(session, plan)
-        accepted = AcceptedAppend(session, command, plan, sampling.max_tokens or 0, arrived)
+        accepted = AcceptedAppend(
+            resident,
+            command,
+            plan,
+            sampling.max_tokens or 0,
+            arrived,
+            keeping,
+            tip.version,
+            len(tip.transcript),
+        )
+
+        def request() -> TurnRequest:
+            ephemeral = command.ephemeral
+            base_len, delta = session.offer(plan, tip) if ephemeral else session.begin(plan)
+            return TurnRequest(
+                session.id,
+                new_rid(),
+                base_len,
+                delta,
+                sampling,
+                constraint,
+                command.stream,
+                "ephemeral" if ephemeral else "turn",
+                caller.salt,
+            )
 
         async def commit(last: TurnProgress, first_token_at: float) -> TurnResult:
             return await self._committer.commit(accepted, last, first_token_at)
 
-        def release() -> None:
-            self._store.release(session)
-            self._turns.pop(session.id, None)
+        def release(error: SessionError | None) -> None:
+            self._running.discard(turn)
+            if command.ephemeral:
+                resident.beside.discard(turn)
+            else:
+                resident.turn = None
+                resident.writer.give_back()
+                self._tell_end(resident, error)
+            self._turns.over(keeping)
+            self._core.observer.turn_ended(
+                _outcome(error, ephemeral=command.ephemeral),
+                time.perf_counter() - arrived,
+                turn.ttft_s(arrived),
+                turn.generated_tokens,
+            )
+            if resident.recovering and error is None:
+                resident.recovering = False
+                self._core.observer.recovered(turn.ttft_s(arrived) or 0.0)
 
-        rid = secrets.token_hex(16)
+        def on_stale() -> None:
+            session.held_len = 0
+
         turn = RunningTurn(
             self._engine,
-            TurnRequest(session.id, rid, base_len, delta, sampling, constraint, command.stream),
+            request,
             commit=commit,
             release=release,
             constraint=constrained_by(command),
+            detached=command.detach,
+            on_stale=on_stale,
         )
-        self._turns[session.id] = turn
+        self._running.add(turn)
+        if command.ephemeral:
+            resident.beside.add(turn)
+        else:
+            resident.turn = turn
+            self._core.events.tell(session.id, "turn.started", version=session.version)
         return turn
 
-    def _writable(self, session_id: str, command: Append) -> Session:
-        session = self._store.get(session_id)
-        self._store.check_writable(session, command.expected_version)
-        return session
+    def _tell_end(self, resident: Resident, error: SessionError | None) -> None:
+        session = resident.session
+        if error is None:
+            tip = session.tip
+            self._core.events.tell(
+                session.id,
+                "turn.committed",
+                version=tip.version,
+                finish_reason=tip.finish_reason,
+                tokens=len(tip.transcript),
+            )
+        else:
+            self._core.events.tell(
+                session.id, "turn.failed", version=session.version, error=error.kind
+            )
 
-    async def _close(self, session: Session) -> None:
-        turn = self._turns.get(session.id)
-        if turn is not None:
-            await turn.abort(SessionClosedError())
-        try:
-            await self._engine.close_session(session.id)
-        except Exception as error:
-            broken = EngineError("broken", f"closing the session failed: {error}")
-            raise turn_failed(broken, None) from error
+    # ---- The server's life ----
 
-    def _view(self, session: Session) -> SessionView:
-        tip = session.tip
-        tokens = len(tip.transcript)
-        return SessionView(
-            id=session.id,
-            version=tip.version,
-            busy=session.busy,
-            tokens=tokens,
-            tokens_left=self._planner.tokens_left(tokens),
-            messages=len(tip.conversation.messages),
-            tools=tuple(tip.conversation.head.tool_names()),
-            finish_reason=tip.finish_reason,
-            metadata=dict(session.metadata),
-            created_at=session.created_at,
-            updated_at=session.updated_at,
-        )
+    def begin_drain(self) -> None:
+        """Start nothing more; what runs goes on."""
+        self._core.draining = True
+
+    async def drained(self) -> None:
+        """Until no turn runs."""
+        while self._running:
+            await asyncio.gather(*(turn.wait() for turn in self._running))
+
+    async def shutdown(self, bound_s: float = 30.0) -> None:
+        """Let running turns commit, abort those that take longer, and close the journal.
+
+        Args:
+            bound_s: Seconds that turns have.
+        """
+        self.begin_drain()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(bound_s):
+                await self.drained()
+        for turn in list(self._running):
+            turn.cancel()
+        await self.drained()
+        if self._maintenance is not None:
+            self._maintenance.cancel()
+        await self._core.journal.close()
+
+    def _maintain(self) -> None:
+        """Begin to look after expiry and memory, in the loop of the first request."""
+        if self._maintenance is None or self._maintenance.done():
+            self._maintenance = asyncio.create_task(self._look_after(), name="maintenance")
+
+    async def _look_after(self) -> None:
+        while True:
+            await asyncio.sleep(_MAINTENANCE_S)
+            try:
+                for session_id in await self._core.directory.overdue(time.time()):
+                    await self._core.expire(session_id)
+                await self._core.directory.trim()
+                self._observe()
+            except Exception:
+                logger.exception("looking after idle sessions failed; it will be tried again")
+
+    def _observe(self) -> None:
+        stats, here = self._core.journal.stats(), len(self._core.directory)
+        self._core.observer.journal(stats)
+        self._core.observer.sessions("memory", here)
+        self._core.observer.sessions("journal", max(0, stats.sessions - here))
+
+
+def _outcome(error: SessionError | None, *, ephemeral: bool) -> Outcome:
+    if error is None:
+        return "ephemeral" if ephemeral else "committed"
+    if isinstance(error, CommitFailedError):
+        return "unrecorded"
+    return "aborted" if isinstance(error, TurnAbortedError | SessionClosedError) else "failed"

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from stateful_sglang.session.records import MAX_TTL_S
+
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 
@@ -89,6 +91,10 @@ SESSION_OFFSET = Bound(0, INT32_MAX)
 """Where a turn of SGLang's own sessions continues."""
 VERSION = Bound(0, INT64_MAX)
 """A version of a session."""
+TTL_S = _real(1, MAX_TTL_S)
+"""Seconds that a session is kept without a use."""
+PAGE = Bound(1, 1000)
+"""Entries of a list that one request may ask for."""
 MAX_STOP_TOKENS = 256
 """Stop tokens of a request: every step's mask has a row of them."""
 MAX_FAN_OUT = 1 << 16

@@ -23,15 +23,94 @@ class SessionNotFoundError(SessionError):
         super().__init__(f"no open session has the id {session_id[:64]!r}; open one first")
 
 
+class SessionGoneError(SessionError):
+    """The session is no more: it was closed, or nobody used it for as long as it was to be kept."""
+
+    kind = "session_gone"
+
+    def __init__(self, state: str) -> None:
+        why = "has expired" if state == "expired" else "was closed"
+        super().__init__(f"this session {why}; open a new one", state=state)
+
+
+class OtherModelError(SessionError):
+    """The session was computed by another model or template: its tokens mean other things here."""
+
+    kind = "other_model"
+
+    def __init__(self, session: str, server: str) -> None:
+        super().__init__(
+            f"this session belongs to model {session}, and this server runs model {server} (digests"
+            " of model and chat template); continue it on a server of that model, or open another "
+            "session with its messages",
+            model=session,
+        )
+
+
+class UnknownCommitError(SessionError):
+    """The session has no such version."""
+
+    kind = "unknown_version"
+
+    def __init__(self, version: int, at: int, param: str = "version") -> None:
+        super().__init__(
+            f"this session has no version {version}: it is at version {at}; take one that its "
+            "messages or its events named",
+            version=at,
+            param=param,
+        )
+
+
+class KeyReusedError(SessionError):
+    """An idempotency key came with another request than the first time."""
+
+    kind = "idempotency_key_reused"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this idempotency key was used for another request; take a new key for each request, "
+            "and the same one only to send a request again",
+            param="idempotency_key",
+        )
+
+
+class TooManyRequestsError(SessionError):
+    """A tenant or a session has as much under way as it may."""
+
+    kind = "too_many_requests"
+
+    def __init__(self, what: str, limit: int) -> None:
+        super().__init__(f"{what}, the most is {limit}; send it again later")
+
+
+class DrainingError(SessionError):
+    """The server is about to stop."""
+
+    kind = "draining"
+
+    def __init__(self) -> None:
+        super().__init__("the server is about to stop and starts no turn; send it again later")
+
+
+class JournalFailedError(SessionError):
+    """The journal could not record a change, or give a record back; nothing has changed."""
+
+    kind = "journal_failed"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; nothing has changed")
+
+
 class SessionBusyError(SessionError):
     """Another turn of this session runs: a session has one writer at a time."""
 
     kind = "session_busy"
 
-    def __init__(self, version: int) -> None:
+    def __init__(self, version: int, waited_s: float = 0) -> None:
+        waited = f" after a wait of {waited_s:g} s" if waited_s else ""
         super().__init__(
-            f"a turn of this session is running at version {version}; "
-            "wait for it to end, or close its connection to abort it",
+            f"a turn of this session is running at version {version}{waited}; wait for it to end "
+            "(on_busy and wait_s say for how long), or close its connection to abort it",
             version=version,
         )
 
@@ -86,7 +165,10 @@ class TooManySessionsError(SessionError):
     kind = "too_many_sessions"
 
     def __init__(self, limit: int) -> None:
-        super().__init__(f"{limit} sessions are open, the most this server holds; close some")
+        super().__init__(
+            f"{limit} sessions are open, the most that you may have, and all of them are running; "
+            "close some"
+        )
 
 
 class ContextOverflowError(SessionError):

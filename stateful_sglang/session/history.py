@@ -30,10 +30,12 @@ class UnknownVersionError(LookupError):
         self.version = version
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class Commit:
     """What a session was after one committed turn. Version 0 is the session as it was opened."""
 
+    owner: str = field(repr=False)
+    """The session that made it. Forks of that one continue it, and it stays that one's."""
     version: int
     parent: Commit | None = field(repr=False)
     """The version it continues; None for version 0."""
@@ -44,8 +46,8 @@ class Commit:
     conversation: Conversation = field(repr=False)
     """Head and messages up to here, without `pending`."""
     pending: tuple[Message, ...] = ()
-    """Messages that the transcript doesn't hold yet: those given at opening, until the first
-    turn renders them."""
+    """Messages that the transcript doesn't hold yet: those given at opening or ingested since,
+    until the next turn renders them."""
     finish_reason: str | None = None
     created_at: float = field(default_factory=time.time)
     """Seconds since the epoch."""
@@ -70,19 +72,42 @@ class History:
     version goes to the next one: no client has seen it.
     """
 
-    __slots__ = ("_newest", "_origin", "_published", "_tip")
+    __slots__ = ("_newest", "_origin", "_owner", "_published", "_tip")
 
-    def __init__(self, origin: Commit) -> None:
-        """A history at `origin`, whose next commit is the version after it."""
+    def __init__(self, owner: str, origin: Commit) -> None:
+        """The history of session `owner` at `origin`, whose next commit is the version after it."""
+        self._owner = owner
         self._origin = self._tip = origin
         self._newest = origin.version
         self._published: dict[int, Commit] = {}
 
     @classmethod
-    def opened(cls, head: Head, messages: Iterable[Message] = ()) -> History:
+    def opened(cls, owner: str, head: Head, messages: Iterable[Message] = ()) -> History:
         """The history of a session that was just opened: version 0, no tokens."""
-        origin = Commit(0, None, 0, Transcript(), Conversation(head), tuple(messages))
-        return cls(origin)
+        origin = Commit(owner, 0, None, 0, Transcript(), Conversation(head), tuple(messages))
+        return cls(owner, origin)
+
+    @classmethod
+    def restored(
+        cls, owner: str, origin: Commit, published: Iterable[Commit], tip: int, newest: int
+    ) -> History:
+        """A history as it was recorded.
+
+        Args:
+            owner: The session whose history it is.
+            origin: Where it begins: version 0, or the commit of another session it was forked from.
+            published: The commits that `owner` made, each on one of these or on the way to origin.
+            tip: The version it is at.
+            newest: The newest version that was given out.
+
+        Raises:
+            UnknownVersionError: There is no version `tip`.
+        """
+        history = cls(owner, origin)
+        history._published = {commit.version: commit for commit in published}
+        history._newest = newest
+        history._tip = history.at(tip)
+        return history
 
     @property
     def tip(self) -> Commit:
@@ -98,6 +123,21 @@ class History:
             commits.append(commit)
             commit = commit.parent
         return commits[::-1]
+
+    @property
+    def origin(self) -> Commit:
+        """Where it begins: version 0, or the commit of another session that it was forked from."""
+        return self._origin
+
+    @property
+    def newest(self) -> int:
+        """The newest version that was given out, on the way to the tip or not."""
+        return self._newest
+
+    @property
+    def published(self) -> list[Commit]:
+        """All commits that this session made, in the order of their versions."""
+        return list(self._published.values())
 
     def at(self, version: int) -> Commit:
         """The commit that a version names, on the way to the tip or left behind by a rollback.
@@ -126,29 +166,34 @@ class History:
         tokens: Iterable[int],
         head: Head,
         messages: Sequence[Message] | None,
+        pending: Sequence[Message] = (),
         finish_reason: str | None = None,
+        parent: Commit | None = None,
     ) -> Commit:
-        """The commit that continues the tip, in time proportional to what is new.
+        """The commit that continues the tip, or another of its commits; O(what is new).
 
         Args:
-            base_len: Tokens of the tip that are kept.
+            base_len: Tokens of the parent that are kept.
             tokens: New tokens, behind those.
             head: The session's head from now on.
-            messages: New messages, the tip's pending ones included; None where text or tokens
-                were appended, which no messages stand for.
+            messages: New messages that the tokens stand for, the parent's pending ones included;
+                None where text or tokens were appended, which no messages stand for.
+            pending: Messages that stay pending after this commit.
             finish_reason: How the turn ended; None where nothing was generated.
+            parent: A commit of this history; None is the tip.
 
         Raises:
-            ValueError: `base_len` lies beyond the tip's end.
+            ValueError: `base_len` lies beyond the parent's end.
         """
-        tip = self._tip
+        parent = parent or self._tip
         return Commit(
+            owner=self._owner,
             version=self._newest + 1,
-            parent=tip,
+            parent=parent,
             base_len=base_len,
-            transcript=tip.transcript.cut(base_len).extended(tokens),
-            conversation=tip.conversation.extended(head, messages),
-            pending=tip.pending if messages is None else (),
+            transcript=parent.transcript.cut(base_len).extended(tokens),
+            conversation=parent.conversation.extended(head, messages),
+            pending=tuple(pending),
             finish_reason=finish_reason,
         )
 
@@ -156,12 +201,17 @@ class History:
         """Make a prepared commit the tip.
 
         Raises:
-            ValueError: It doesn't continue the tip, or its version was given out meanwhile.
+            ValueError: It doesn't continue this history, or its version was given out meanwhile.
         """
-        if commit.parent is not self._tip or commit.version != self._newest + 1:
+        parent = commit.parent
+        if (
+            parent is None
+            or commit.version != self._newest + 1
+            or self.at(parent.version) is not parent
+        ):
             raise ValueError(
-                f"a commit of version {commit.version} was prepared for another tip than version "
-                f"{self._tip.version}; prepare it again"
+                f"a commit of version {commit.version} was prepared for another history than this "
+                f"one at version {self._tip.version}; prepare it again"
             )
         self._published[commit.version] = self._tip = commit
         self._newest = commit.version
@@ -175,10 +225,10 @@ class History:
         self._tip = self.at(version)
         return self._tip
 
-    def fork(self, version: int) -> History:
-        """A history of its own at a version of this one; nothing is copied.
+    def fork(self, owner: str, version: int) -> History:
+        """The history of another session, `owner`, at a version of this one; nothing is copied.
 
         Raises:
             UnknownVersionError: There is no such version.
         """
-        return History(self.at(version))
+        return History(owner, self.at(version))

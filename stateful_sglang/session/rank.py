@@ -4,7 +4,7 @@ The API process owns versions. A rank only keeps what the API told it to keep: e
 with ``base_len``, the committed length, and whatever the rank holds beyond it (an aborted turn, a
 commit that was never published) is dropped before the delta is appended. So an abort needs no
 message of its own, and every rank of a tensor-parallel group takes the same decisions from the
-same requests.
+same requests. An ephemeral turn only reads: nothing is dropped for it and nothing of it is kept.
 
 Transcripts are views of shared storage: a fork of a session is a pointer, and so is what a turn
 leaves behind when it is dropped.
@@ -14,10 +14,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from stateful_sglang.session.ids import digest
 from stateful_sglang.session.transcript import Transcript
+
+RankTurnKind = Literal["turn", "ephemeral", "prefill"]
+"""What a rank keeps of a turn that ends well: delta and output, nothing, or the delta alone."""
 
 
 class RankTurn(NamedTuple):
@@ -28,6 +31,8 @@ class RankTurn(NamedTuple):
     """Committed tokens before the turn."""
     prompt_len: int
     """``base_len`` plus the delta: what the model is asked to continue."""
+    kind: RankTurnKind = "turn"
+    """``ephemeral`` also when what the turn continues was closed or rolled back meanwhile."""
 
 
 class TurnRefusedError(RuntimeError):
@@ -77,26 +82,39 @@ class RankSessions:
     def __contains__(self, session_id: object) -> bool:
         return session_id in self._tokens
 
-    def begin_turn(self, session_id: str, rid: str, base_len: int, delta: array[int]) -> array[int]:
+    def begin_turn(
+        self,
+        session_id: str,
+        rid: str,
+        base_len: int,
+        delta: array[int],
+        kind: RankTurnKind = "turn",
+    ) -> array[int]:
         """Start a turn and return the whole prompt, typecode 'q', as a copy.
 
         Args:
-            session_id: A new id with ``base_len`` 0 creates the session.
+            session_id: A new id with ``base_len`` 0 creates the session, unless it's ephemeral.
             rid: The request's id, unique among the requests in flight.
-            base_len: Committed length; tokens held beyond it are dropped.
+            base_len: Committed length; tokens held beyond it are dropped. An ephemeral turn starts
+                from so many tokens, drops none, and runs beside any other turn.
             delta: New tokens, typecode 'q'.
+            kind: What is kept of the turn when it ends well.
 
         Raises:
             StaleBaseError: Fewer than ``base_len`` tokens are held.
-            BusySessionError: Another turn of the session is in flight.
+            BusySessionError: Another turn of the session is in flight, and this one is no
+                ephemeral one.
         """
-        if (running := self._rid_of.get(session_id)) is not None:
-            raise BusySessionError(session_id, running)
-        transcript = self._held(session_id, base_len)
-        self._tokens[session_id] = transcript.cut(base_len)
-        self._turns[rid] = RankTurn(session_id, base_len, base_len + len(delta))
-        self._deltas[rid] = delta
-        self._rid_of[session_id] = rid
+        if kind == "ephemeral":
+            transcript = self._held(session_id, base_len)
+        else:
+            if (running := self._rid_of.get(session_id)) is not None:
+                raise BusySessionError(session_id, running)
+            transcript = self._held(session_id, base_len)
+            self._tokens[session_id] = transcript.cut(base_len)
+            self._rid_of[session_id] = rid
+            self._deltas[rid] = delta
+        self._turns[rid] = RankTurn(session_id, base_len, base_len + len(delta), kind)
         prompt = transcript.wide(0, base_len)
         prompt.extend(delta)
         return prompt
@@ -126,21 +144,46 @@ class RankSessions:
         return self._turns.get(rid)
 
     def finish_turn(self, rid: str, output_ids: Iterable[int] | None) -> RankTurn | None:
-        """End a turn: keep its output provisionally, or drop the turn when ``output_ids`` is None.
+        """End a turn: keep it provisionally, or drop it when ``output_ids`` is None.
 
-        Ending a turn that is not in flight does nothing, so that every path on which a scheduler
-        lets go of a request may call it.
+        A prefill's output is dropped in any case, an ephemeral turn whole. Ending a turn that is
+        not in flight does nothing, so that every path on which a scheduler lets go of a request may
+        call it.
         """
         turn = self._turns.pop(rid, None)
-        if turn is None:
-            return None
+        if turn is None or turn.kind == "ephemeral":
+            return turn
         del self._rid_of[turn.session_id]
         delta = self._deltas.pop(rid)
-        transcript = self._tokens.get(turn.session_id)
-        if transcript is not None and output_ids is not None:
-            self._tokens[turn.session_id] = transcript.extended(delta).extended(output_ids)
+        if output_ids is not None:
+            kept = self._tokens[turn.session_id].extended(delta)
+            if turn.kind == "turn":
+                kept = kept.extended(output_ids)
+            self._tokens[turn.session_id] = kept
         return turn
 
+    def rollback(self, session_id: str, length: int) -> bool:
+        """Drop a session's tokens beyond `length`; False where it holds no more than that.
+
+        A turn in flight that continues dropped tokens ends without effect.
+        """
+        transcript = self._tokens.get(session_id)
+        if transcript is None or length >= len(transcript):
+            return False
+        self._orphan_writer(session_id)
+        self._tokens[session_id] = transcript.cut(length)
+        return True
+
     def close(self, session_id: str) -> bool:
-        """Forget a session; a turn in flight ends without effect. False if it was unknown."""
-        return self._tokens.pop(session_id, None) is not None
+        """Forget a session; turns in flight end without effect. False if it was unknown."""
+        if self._tokens.pop(session_id, None) is None:
+            return False
+        self._orphan_writer(session_id)
+        return True
+
+    def _orphan_writer(self, session_id: str) -> None:
+        """Let the session's turn in flight go on alone, so that another may start at once."""
+        rid = self._rid_of.pop(session_id, None)
+        if rid is not None:
+            del self._deltas[rid]
+            self._turns[rid] = self._turns[rid]._replace(kind="ephemeral")

@@ -85,6 +85,16 @@ DATA: dict[str, dict[str, Any]] = {
         "text": "Hi",
         "sampling": {"max_tokens": 2, "stop": ["a", "e", "i", "o"]},
     },
+    "/v1/sessions/{session_id}/generate": {"sampling": {"max_tokens": 2}},
+    "/v1/sessions/{session_id}/ingest": {"messages": CHAT},
+    "/v1/sessions/{session_id}/fork": {},
+    "/v1/sessions/{session_id}/rollback": {"version": 0},
+    "/v1/sessions/{session_id}/edit": {"after": 0, "messages": CHAT},
+    "/v1/sessions/{session_id}/touch": {},
+    "/v1/sessions/{session_id}/messages": {},
+    "/v1/sessions/{session_id}/events": {},
+    "/v1/sessions/{session_id}/export": {},
+    "/v1/sessions/import": {"session": {"format": "stateful-sglang-session/1"}},
     "/v1/tree": {},
 }
 """Routes that take a client's data, and the body into which an extreme is put."""

@@ -33,6 +33,8 @@ OURS = r"^/v1/(sessions|tree)"
 MAX_TOKENS = 3
 """Cap on what a case may generate: its time is the model's, and says nothing about the contract."""
 DOCUMENTED_5XX = frozenset({503})
+ANSWERS = ("/append", "/generate")
+"""Ends of the routes that generate."""
 MANY = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
 
@@ -80,7 +82,10 @@ class Driver:
 
     def send(self, method: str, route: str, path: str, **request: Any) -> None:
         """One request, counted under its route."""
-        answer = self._http.request(method, path, **request)
+        if route.endswith("/events"):
+            answer = self._first_event(method, path, **request)
+        else:
+            answer = self._http.request(method, path, **request)
         status = answer.status_code
         self.tally.answers[f"{method} {route}", status] += 1
         if any(session in path for session in self._open):
@@ -89,7 +94,7 @@ class Driver:
             self.tally.broken.append(f"{method} {path} {request}: {status} {answer.text[:300]}")
         elif status >= 400:
             assert answer.json()["error"]["message"], answer.text
-        elif path.endswith("/append"):
+        elif route.endswith(ANSWERS):
             streamed = answer.headers["content-type"].startswith("text/event-stream")
             if streamed and "event: error" in answer.text:
                 assert '"status": 5' not in answer.text or '"status": 503' in answer.text, (
@@ -99,9 +104,18 @@ class Driver:
                 self.tally.generated += 1
         if method == "DELETE" and status == httpx.codes.OK:
             self._open = [each for each in self._open if each not in path]
-        if method == "POST" and route.endswith("/append"):
+        if method == "POST" and route.endswith(ANSWERS):
             # A session that has grown long is left for a new one: the context is small here.
             self._open = self._open[-8:] if self.tally.total % 50 else self._open[1:]
+
+    def _first_event(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """The answer of a stream that lasts, up to its first event."""
+        with self._http.stream(method, path, **request) as answer:
+            if answer.is_success:
+                assert next(answer.iter_lines()) == "event: listening"
+            else:
+                answer.read()
+            return answer
 
 
 def _bounded(body: Any) -> Any:
@@ -135,7 +149,7 @@ def _drive_operation(driver: Driver, operation: Any, mode: GenerationMode, examp
     def run(case: Any, live: int) -> None:
         if live < 7 and "session_id" in (case.path_parameters or {}):
             case.path_parameters["session_id"] = driver.session()
-        if case.method == "POST" and "append" in operation.path:
+        if case.method == "POST" and operation.path.endswith(ANSWERS):
             case.body = _bounded(case.body)
         sent = case.as_transport_kwargs(base_url=str(driver._http.base_url))
         request = httpx.Request(
@@ -196,6 +210,53 @@ def _drive_appends(driver: Driver, examples: int) -> None:
     run()
 
 
+_VERSIONS = st.integers(0, 6)
+_MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "tool"]), "content": _TEXT}),
+    min_size=1,
+    max_size=2,
+)
+_WRITING = {
+    "expected_version": _VERSIONS,
+    "on_busy": st.sampled_from(["wait", "fail"]),
+    "idempotency_key": st.sampled_from(["a", "b", "c"]),
+}
+_CHANGES = st.one_of(
+    st.tuples(st.just("generate"), st.fixed_dictionaries({}, optional=_WRITING).map(_bounded)),
+    st.tuples(st.just("ingest"), st.fixed_dictionaries({"messages": _MESSAGES}, optional=_WRITING)),
+    st.tuples(
+        st.just("rollback"), st.fixed_dictionaries({"version": _VERSIONS}, optional=_WRITING)
+    ),
+    st.tuples(
+        st.just("edit"),
+        st.fixed_dictionaries(
+            {"after": _VERSIONS},
+            optional={"through": _VERSIONS, "messages": _MESSAGES, **_WRITING},
+        ),
+    ),
+    st.tuples(st.just("fork"), st.fixed_dictionaries({}, optional={"version": _VERSIONS})),
+    st.tuples(
+        st.just("append"),
+        st.fixed_dictionaries(
+            {"messages": _MESSAGES},
+            optional={"ephemeral": st.booleans(), "detach": st.booleans(), **_WRITING},
+        ).map(_bounded),
+    ),
+)
+"""Operations that are well-formed, so that many change a session."""
+
+
+def _drive_changes(driver: Driver, examples: int) -> None:
+    @_settings(examples)
+    @given(change=_CHANGES)
+    def run(change: tuple[str, dict[str, Any]]) -> None:
+        operation, body = change
+        path = f"/v1/sessions/{driver.session()}/{operation}"
+        driver.send("POST", f"/v1/sessions/{{session_id}}/{operation}", path, json=body)
+
+    run()
+
+
 @pytest.fixture
 def driver(server: Server) -> Iterator[Driver]:
     with httpx.Client(base_url=server.url, timeout=120, trust_env=False) as http:
@@ -205,10 +266,11 @@ def driver(server: Server) -> Iterator[Driver]:
 def _contract(server: Server, driver: Driver, requests: int) -> Tally:
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json").include(path_regex=OURS)
     operations = [result.ok() for result in schema.get_all_operations()]
-    share = requests // (2 * len(operations) + 4)
+    share = requests // (2 * len(operations) + 8)
     for operation in operations:
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
             _drive_operation(driver, operation, mode, share)
+    _drive_changes(driver, 4 * share)
     while driver.tally.total < requests:
         _drive_appends(driver, min(200, requests - driver.tally.total))
     return driver.tally

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from docs_examples import examples
 
 from bench.harness.server import Server
 
@@ -38,3 +39,21 @@ def test_an_example_runs(name: str, server: Server) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     assert SAYS[name] in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("language", "program"), [("python", [sys.executable]), ("bash", ["bash"])]
+)
+def test_the_examples_of_the_page_on_sessions_run(
+    language: str, program: list[str], server: Server, tmp_path: Path
+) -> None:
+    file = tmp_path / f"page.{language}"
+    file.write_text(examples(language, server.url))
+    ran = subprocess.run(
+        [*program, *(["-eu"] if language == "bash" else []), str(file)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+    )
+    assert ran.returncode == 0, ran.stderr

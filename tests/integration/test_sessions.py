@@ -181,7 +181,7 @@ def test_closing_aborts_what_runs(client: frontend.Client) -> None:
     thread.start()
     _until(session.get, lambda view: view["busy"])
     with pytest.raises(frontend.SessionBusyError) as busy:
-        session.append("Me too.")
+        session.append("Me too.", on_busy="fail")
     assert busy.value.version == 0
     session.close()
     thread.join(30)

@@ -8,6 +8,7 @@ fit what a rank holds.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import re
 from array import array
@@ -20,7 +21,7 @@ from tokenizers import AddedToken
 from stateful_sglang.grammar.errors import ConstraintError
 from stateful_sglang.runtime.sessions.finish import finish_of
 from stateful_sglang.service.engine import EngineError, Finish, TurnProgress, TurnRequest
-from stateful_sglang.session.rank import RankSessions
+from stateful_sglang.session.rank import RankSessions, StaleBaseError, TurnRefusedError
 
 CHATML = (
     "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] "
@@ -78,6 +79,7 @@ class EngineDouble:
 
     def __init__(self, context_length: int = 4096, template: str = CHATML) -> None:
         self.context_length = context_length
+        self.model_digest = hashlib.sha256(template.encode()).hexdigest()[:16]
         self.vocab_size = 1200
         self.tokenizer = CharTokenizer(template)
         self.eos_ids = frozenset({END})
@@ -86,6 +88,8 @@ class EngineDouble:
         self.prompts: list[list[int]] = []
         self.aborted: list[str] = []
         self.closed: list[str] = []
+        self.forked: list[tuple[str, str, int]] = []
+        self.rolled_back: list[tuple[str, int]] = []
         self.script: str | None = None
         """Text of the next answers, in place of letters."""
         self.pause_after: int | None = None
@@ -103,10 +107,22 @@ class EngineDouble:
 
     async def run(self, turn: TurnRequest) -> AsyncIterator[TurnProgress]:
         self.requests.append(turn)
-        prompt = self.rank.begin_turn(turn.session_id, turn.rid, turn.base_len, turn.delta)
+        try:
+            prompt = self.rank.begin_turn(
+                turn.session_id, turn.rid, turn.base_len, turn.delta, turn.kind
+            )
+        except TurnRefusedError as error:
+            raise EngineError(
+                "busy" if error.kind == "busy" else "stale_base", str(error)
+            ) from error
         self.prompts.append(prompt.tolist())
         ended = False
         try:
+            if turn.kind == "prefill":
+                progress = await self._prefill(turn, len(prompt))
+                ended = True
+                yield progress
+                return
             output = self._output(prompt, turn.sampling.max_tokens or 0)
             for count in range(1, len(output) + 1):
                 if count - 1 == self.pause_after:
@@ -138,6 +154,15 @@ class EngineDouble:
         if self.refuse_constraints is not None:
             raise ConstraintError(self.refuse_constraints)
 
+    async def fork_session(self, source_id: str, session_id: str, length: int) -> None:
+        self.forked.append((source_id, session_id, length))
+        with contextlib.suppress(StaleBaseError):  # said at the new session's first turn
+            self.rank.fork(source_id, session_id, length)
+
+    async def rollback_session(self, session_id: str, length: int) -> None:
+        self.rolled_back.append((session_id, length))
+        self.rank.rollback(session_id, length)
+
     async def close_session(self, session_id: str) -> None:
         self.rank.close(session_id)
         self.closed.append(session_id)
@@ -150,6 +175,19 @@ class EngineDouble:
     def answer_to(self, prompt: list[int], max_tokens: int) -> list[int]:
         """What the double generates after `prompt`."""
         return list(self._output(array("q", prompt), max_tokens))
+
+    async def _prefill(self, turn: TurnRequest, prompt: int) -> TurnProgress:
+        if self.pause_after is not None:
+            self.paused.set()
+            await self.go.wait()
+        await asyncio.sleep(0)
+        if isinstance(self.end_with, Exception):
+            raise self.end_with
+        finish = Finish("length")
+        if isinstance(self.end_with, Mapping):
+            finish = finish_of(self.end_with, constrained=False) or finish
+        self.rank.finish_turn(turn.rid, ())
+        return self._progress(turn, array("q"), prompt, finish)
 
     def _output(self, prompt: array[int], max_tokens: int) -> array[int]:
         text = self.script
@@ -168,4 +206,6 @@ class EngineDouble:
         self, turn: TurnRequest, ids: array[int], prompt: int, finish: Finish | None
     ) -> TurnProgress:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return TurnProgress(text, array("q", ids), finish, prompt, turn.base_len, len(ids) - 1)
+        return TurnProgress(
+            text, array("q", ids), finish, prompt, turn.base_len, max(len(ids) - 1, 0)
+        )

@@ -35,6 +35,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
 from stateful_sglang.prefix import policies  # noqa: E402
 from stateful_sglang.runtime.tree.cache import CardinalPrefixTree  # noqa: E402
+from stateful_sglang.session.rank import RankTurnKind  # noqa: E402
 
 get_context().override_server_args(device="cpu").install()
 
@@ -45,6 +46,7 @@ class RigTurn(NamedTuple):
     session_id: str
     base_len: int
     prompt_len: int
+    kind: RankTurnKind = "turn"
 
 
 def params(pool_tokens: int, page_size: int = 1, context: int = 16384) -> CacheInitParams:
@@ -92,6 +94,8 @@ class Rig:
         self.rows = made.req_to_token_pool
         self.turns: dict[str, RigTurn] = {}
         self.running: list[Req] = []
+        self.hits: dict[str, int] = {}
+        """Tokens of each request that the tree had when it was admitted last."""
         self.kv_of: dict[int, int] = {}
         """What each KV slot was computed for: the tokens up to it, as `chain` hashes them."""
         self.after_eviction: Callable[[], None] = lambda: None
@@ -105,12 +109,18 @@ class Rig:
         assert isinstance(self.tree, UnifiedRadixCache)
 
     def start(
-        self, prompt: Sequence[int], session_id: str | None = None, base_len: int = 0
+        self,
+        prompt: Sequence[int],
+        session_id: str | None = None,
+        base_len: int = 0,
+        kind: RankTurnKind = "turn",
+        salt: str | None = None,
     ) -> Req | None:
         """Admit and prefill a request; None where the pool can't hold it beside what runs."""
-        req = Req(secrets.token_hex(16), "", array("q", prompt), SamplingParams(max_new_tokens=64))
+        sampling = SamplingParams(max_new_tokens=64)
+        req = Req(secrets.token_hex(16), "", array("q", prompt), sampling, cache_salt=salt)
         if session_id is not None:
-            self.turns[req.rid] = RigTurn(session_id, base_len, len(prompt))
+            self.turns[req.rid] = RigTurn(session_id, base_len, len(prompt), kind)
         return req if self.admit(req) else None
 
     def admit(self, req: Req) -> bool:
@@ -118,7 +128,7 @@ class Rig:
         req.init_next_round_input(self.tree)
         req.lock = self.tree.lock(req.last_node)
         fill = len(req.full_untruncated_fill_ids)
-        held = req.prefix_len
+        held = self.hits[req.rid] = req.prefix_len
         found = self.tree.prefix_device_indices(req)
         self.check_slots(req.full_untruncated_fill_ids, found)
         slots = self._allocate(self._pages(fill) - held)
@@ -181,6 +191,14 @@ class Rig:
         assert self.decode(req, output), "the test's pool is too small"
         self.finish(req)
         return [*base, *delta, *output]
+
+    def prefill(self, session_id: str, base: Sequence[int], delta: Sequence[int]) -> list[int]:
+        """A whole turn that generates nothing, as SGLang ends one of no new tokens."""
+        req = self.start([*base, *delta], session_id, len(base), "prefill")
+        assert req is not None, "the test's pool is too small"
+        req.output_ids.append(0)
+        self.finish(req, delivered=0)
+        return [*base, *delta]
 
     def plain(self, prompt: Sequence[int], output: Sequence[int] = ()) -> None:
         """A whole request without a session."""

@@ -9,22 +9,34 @@ from typing import Any
 
 import uvicorn
 from engine_double import EngineDouble
+from failing_journal import FailingJournal
 from fastapi import FastAPI
 
 from stateful_sglang.api.native.routes import build_router
-from stateful_sglang.service.service import Limits
+from stateful_sglang.service.service import Limits, SessionService
 
 
-def app_of(engine: EngineDouble, **limits: Any) -> FastAPI:
+def service_of(
+    engine: EngineDouble, journal: FailingJournal | None = None, **limits: Any
+) -> SessionService:
+    return SessionService(engine, journal or FailingJournal(), Limits(**limits))
+
+
+def app_of(
+    engine: EngineDouble,
+    journal: FailingJournal | None = None,
+    service: SessionService | None = None,
+    **limits: Any,
+) -> FastAPI:
     app = FastAPI()
-    app.include_router(build_router(engine, Limits(**limits)))
+    app.include_router(build_router(service or service_of(engine, journal, **limits)))
     return app
 
 
 @asynccontextmanager
-async def served(engine: EngineDouble) -> AsyncIterator[str]:
+async def served(engine: EngineDouble, app: FastAPI | None = None) -> AsyncIterator[str]:
     """The address of a real server of `engine`, on a free port."""
-    config = uvicorn.Config(app_of(engine), port=0, log_level="warning")
+    config = uvicorn.Config(app or app_of(engine), port=0, log_level="warning")
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve())
     while not server.started:

@@ -16,7 +16,7 @@ BELOW = {
     "engines": {"corpus", "workloads", "harness", "engines"},
     "suites": {"corpus", "workloads", "harness", "engines", "suites"},
 }
-KNOW_THE_PACKAGE = {"package", "biased", "forward", "layers", "parts", "stock"}
+KNOW_THE_PACKAGE = {"package", "biased", "forward", "layers", "parts", "stock", "recorder"}
 """Files of `engines/` that import the package; all others only start its launcher."""
 
 

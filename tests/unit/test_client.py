@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import typing
 from typing import Any
@@ -15,8 +16,11 @@ from hypothesis import strategies as st
 from session_server import app_of, served
 
 from stateful_sglang import client as frontend
-from stateful_sglang.api.native.schemas import AppendBody, OpenBody
-from stateful_sglang.client.types import AppendOptions, OpenOptions
+from stateful_sglang.api.errors import STATUS
+from stateful_sglang.api.native import changes, schemas
+from stateful_sglang.client import errors as client_errors
+from stateful_sglang.client import types
+from stateful_sglang.client.errors import error_of
 
 pytestmark = pytest.mark.anyio
 
@@ -26,12 +30,12 @@ CALL = '<tool_call>{"name": "search", "arguments": {"q": "a"}}</tool_call>'
 
 def async_client(engine: EngineDouble, **limits: Any) -> frontend.AsyncClient:
     transport = httpx.ASGITransport(app_of(engine, **limits))
-    return frontend.AsyncClient("http://test", transport=transport)
+    return frontend.AsyncClient("http://test", transport=transport, max_retries=0)
 
 
 async def in_thread(url: str, work: Any) -> Any:
     def run() -> Any:
-        with frontend.Client(url) as client:
+        with frontend.Client(url, max_retries=0) as client:
             return work(client)
 
     return await asyncio.to_thread(run)
@@ -113,8 +117,6 @@ async def test_errors_are_typed() -> None:
     engine = EngineDouble(context_length=100)
     async with async_client(engine, max_sessions=1) as client:
         session = await client.open()
-        with pytest.raises(frontend.OverloadedError):
-            await client.open()
         with pytest.raises(frontend.VersionMismatchError) as stale:
             await session.append("x", expected_version=4)
         assert (stale.value.version, stale.value.status) == (0, 409)
@@ -128,7 +130,9 @@ async def test_errors_are_typed() -> None:
         running = asyncio.create_task(session.append("x"))
         await engine.paused.wait()
         with pytest.raises(frontend.SessionBusyError):
-            await session.append("y")
+            await session.append("y", on_busy="fail")
+        with pytest.raises(frontend.OverloadedError):
+            await client.open()
         await session.close()
         with pytest.raises(frontend.SessionClosedError):
             await running
@@ -153,7 +157,7 @@ async def test_a_stream_that_is_cut_is_an_error() -> None:
             content=b'event: delta\ndata: {"text": "x"}\n\n',
         )
 
-    client = frontend.Client("http://test", transport=httpx.MockTransport(cut))
+    client = frontend.Client("http://test", transport=httpx.MockTransport(cut), max_retries=0)
     with pytest.raises(frontend.ServerError, match="ended before"):
         client.session("id").append("x", stream=True).read()
 
@@ -162,9 +166,21 @@ async def test_an_error_page_of_somebody_else_is_an_error_too() -> None:
     def page(_: httpx.Request) -> httpx.Response:
         return httpx.Response(502, text="<html>bad gateway</html>")
 
-    client = frontend.Client("http://test", transport=httpx.MockTransport(page))
+    client = frontend.Client("http://test", transport=httpx.MockTransport(page), max_retries=0)
     with pytest.raises(frontend.ServerError, match="bad gateway"):
         client.open()
+
+
+@pytest.mark.parametrize("kind", STATUS)
+def test_every_kind_of_error_has_a_type_that_is_exported(kind: str) -> None:
+    error = error_of(STATUS[kind], {"error": {"type": kind, "message": "m"}})
+    assert type(error) is not frontend.ApiError
+    assert (error.status, error.type) == (STATUS[kind], kind)
+
+
+def test_every_type_of_error_is_exported() -> None:
+    types_ = {name for name in vars(client_errors) if name.endswith("Error")}
+    assert types_ <= set(frontend.__all__)
 
 
 _REPLY = {
@@ -190,7 +206,7 @@ def test_a_stream_says_the_same_however_it_is_cut(texts: list[str], size: int) -
         pieces = (body[at : at + size] for at in range(0, len(body), size))
         return httpx.Response(200, headers={"content-type": "text/event-stream"}, content=pieces)
 
-    client = frontend.Client("http://test", transport=httpx.MockTransport(cut))
+    client = frontend.Client("http://test", transport=httpx.MockTransport(cut), max_retries=0)
     stream = client.session("s").append("x", stream=True)
     assert list(stream) == texts
     assert stream.turn.version == 1
@@ -198,13 +214,35 @@ def test_a_stream_says_the_same_however_it_is_cut(texts: list[str], size: int) -
 
 def test_both_clients_take_the_same_options() -> None:
     """They are declared once; a client that named its own would drift."""
-    for name in ("append", "get", "close"):
-        assert hasattr(frontend.Session, name)
-        assert hasattr(frontend.AsyncSession, name)
-    ours = typing.get_type_hints(frontend.Session.append)
-    theirs = typing.get_type_hints(frontend.AsyncSession.append)
-    assert ours["options"] == theirs["options"] == typing.Unpack[AppendOptions]
-    assert set(AppendOptions.__annotations__) | {"messages", "stream"} == set(
-        AppendBody.model_fields
-    )
-    assert set(OpenOptions.__annotations__) == set(OpenBody.model_fields)
+    for one, other in (
+        (frontend.Client, frontend.AsyncClient),
+        (frontend.Session, frontend.AsyncSession),
+    ):
+        names = public(one)
+        assert names == public(other)
+        for name in names:
+            ours, theirs = (inspect.signature(getattr(each, name)) for each in (one, other))
+            assert list(ours.parameters) == list(theirs.parameters), name
+            hints = [typing.get_type_hints(getattr(each, name)) for each in (one, other)]
+            assert hints[0].get("options") == hints[1].get("options"), name
+
+
+def public(kind: type) -> set[str]:
+    return {name for name, each in vars(kind).items() if name[0] != "_" and callable(each)}
+
+
+@pytest.mark.parametrize(
+    ("options", "others", "body"),
+    [
+        (types.OpenOptions, set(), schemas.OpenBody),
+        (types.AppendOptions, {"messages", "stream"}, schemas.AppendBody),
+        (types.GenerateOptions, {"stream"}, schemas.GenerateBody),
+        (types.ForkOptions, {"version"}, changes.ForkBody),
+        (types.KeptOptions, set(), changes.TouchBody),
+        (types.WriteOptions, {"messages"}, changes.IngestBody),
+        (types.WriteOptions, {"version"}, changes.RollbackBody),
+        (types.WriteOptions, {"after", "through", "messages"}, changes.EditBody),
+    ],
+)
+def test_the_options_are_the_fields_of_the_body(options: type, others: set[str], body: Any) -> None:
+    assert set(options.__annotations__) | others == set(body.model_fields)

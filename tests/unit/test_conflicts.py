@@ -25,6 +25,7 @@ WRITTEN = [
     ["--disaggregation-mo", "prefill"],
     ["--data-parallel-size", "2"],
     ["--tokenizer-worker-num", "2"],
+    ["--grpc-port", "30001"],
     ["--enable-hierarchical-cache"],
     ["--enable-session-radix-cache"],
     ["--enable-streaming-session"],
@@ -86,6 +87,7 @@ def test_everything_else_is_sglangs_business(written: list[str]) -> None:
     [
         ("SGLANG_USE_PICKLE_IPC", "false", "true"),
         ("SGLANG_RUST_SERVER", "1", "0"),
+        ("SGLANG_GRPC_PORT", "30001", ""),
         ("SGLANG_TEST_SCRIPTED_RUNTIME", "true", "0"),
     ],
 )

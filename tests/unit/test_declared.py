@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 REQUIREMENTS = ROOT / "stateful_sglang" / "requirements"
 OURS = {
     path.stem
-    for folder in ("scripts", "tests/unit", "tests/integration")
+    for folder in ("scripts", "tests", "tests/unit", "tests/integration")
     for path in (ROOT / folder).glob("*.py")
 } | {"stateful_sglang", "bench", "tests"}
 STOOD_IN_FOR = {"triton", "sgl_kernel"}

@@ -36,6 +36,33 @@ def test_a_good_end_says_why_it_stopped(reason: Any, finish: Finish | None) -> N
         ({"type": "abort", "status_code": 409, "err_type": StaleBaseError.kind}, "stale_base"),
         ({"type": "abort", "status_code": 409, "err_type": BusySessionError.kind}, "busy"),
         ({"type": "abort", "status_code": 500, "err_type": "InternalServerError"}, "broken"),
+        (
+            {
+                "type": "abort",
+                "message": "Out of memory even after retracting all other requests in the decode "
+                "batch. Aborting the last request.",
+                "status_code": 500,
+            },
+            "out_of_memory",
+        ),
+        (
+            {
+                "type": "abort",
+                "message": "Retracted under decode memory pressure without a KV backup. Retry "
+                "later.",
+                "status_code": 503,
+            },
+            "out_of_memory",
+        ),
+        (
+            {
+                "type": "abort",
+                "message": "Request prompt exceeds the KV memory budget: input_len=9.",
+                "status_code": 400,
+                "err_type": "BadRequestError",
+            },
+            "invalid",
+        ),
         ({"type": "new in the next release"}, "broken"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from stateful_sglang.session.history import Commit, History, UnknownVersionError
 from stateful_sglang.session.messages import Head, Message
 
 HEAD = Head(system="be brief")
+OWNER = "one"
 
 
 def user(text: str) -> Message:
@@ -31,7 +33,7 @@ def commit(history: History, tokens: list[int], base_len: int | None = None) -> 
 
 
 def history_of(*turns: list[int]) -> History:
-    history = History.opened(HEAD)
+    history = History.opened(OWNER, HEAD)
     for tokens in turns:
         commit(history, tokens)
     return history
@@ -70,7 +72,7 @@ class Histories(RuleBasedStateMachine):
     @rule(target=made, messages=st.lists(st.builds(user, st.text("ab", max_size=3)), max_size=2))
     def open(self, messages: list[Message]) -> int:
         reference = Reference({0: ([], messages, None)})
-        return self.keep(History.opened(HEAD, messages), reference)
+        return self.keep(History.opened(OWNER, HEAD, messages), reference)
 
     @rule(
         which=made,
@@ -84,7 +86,10 @@ class Histories(RuleBasedStateMachine):
         old, messages, _ = reference.versions[reference.tip]
         base_len = max(0, len(old) - rewind)
         new = None if kind == "raw" else [*history.tip.pending, user(text)]
-        made = history.prepare(base_len=base_len, tokens=tokens, head=HEAD, messages=new)
+        pending = history.tip.pending if new is None else ()
+        made = history.prepare(
+            base_len=base_len, tokens=tokens, head=HEAD, messages=new, pending=pending
+        )
         if kind == "never published":
             return
         history.publish(made)
@@ -116,14 +121,14 @@ class Histories(RuleBasedStateMachine):
             version,
             reference.raw.intersection(path),
         )
-        return self.keep(history.fork(version), forked)
+        return self.keep(history.fork("other", version), forked)
 
     @rule(which=made, version=st.integers(-1, 30))
     def an_unknown_version_is_an_error(self, which: int, version: int) -> None:
         history, reference = self.all[which]
         if version in reference.versions:
             return
-        for ask in (history.at, history.fork, history.rollback, history.messages):
+        for ask in (history.at, partial(history.fork, "x"), history.rollback, history.messages):
             with pytest.raises(UnknownVersionError, match=f"no version {version}"):
                 ask(version)
 
@@ -163,21 +168,41 @@ def test_a_commit_that_is_not_published_leaves_its_version_to_the_next() -> None
     assert "lost" not in [message.content for message in history.messages(2)]
 
 
-def test_a_commit_prepared_for_another_tip_is_refused() -> None:
+def test_a_commit_whose_version_was_given_out_or_whose_parent_is_elsewhere_is_refused() -> None:
     history = history_of([1], [2])
     stale = history.prepare(base_len=2, tokens=[3], head=HEAD, messages=None)
-    history.rollback(1)
-    with pytest.raises(ValueError, match="prepared for another tip"):
-        history.publish(stale)
-    history.rollback(2)
     commit(history, [4])
-    with pytest.raises(ValueError, match="prepared for another tip"):
+    with pytest.raises(ValueError, match="prepared for another history"):
         history.publish(stale)
+    twin = history_of([1], [2], [4])
+    with pytest.raises(ValueError, match="prepared for another history"):
+        history.publish(twin.prepare(base_len=1, tokens=[3], head=HEAD, messages=None))
+
+
+def test_a_commit_may_continue_an_older_version() -> None:
+    history = history_of([1], [2], [3])
+    made = history.prepare(
+        base_len=1, tokens=[], head=HEAD, messages=(), pending=[user("e")], parent=history.at(1)
+    )
+    history.publish(made)
+    assert [each.version for each in history.commits] == [0, 1, 4]
+    assert list(history.tip.transcript) == [1]
+    assert history.messages(4)[-1] == user("e")
+    assert list(history.at(3).transcript) == [1, 2, 3]
+
+
+def test_a_history_is_restored_from_its_commits() -> None:
+    history = history_of([1], [2], [3])
+    history.rollback(1)
+    again = History.restored(OWNER, history.origin, history.published, tip=1, newest=3)
+    assert [each.version for each in again.commits] == [0, 1]
+    assert list(again.at(3).transcript) == [1, 2, 3]
+    assert commit(again, [9]).version == 4
 
 
 def test_a_fork_counts_on_from_where_it_was_forked_and_knows_only_the_way_there() -> None:
     history = history_of([1], [2], [3])
-    forked = history.fork(1)
+    forked = history.fork("other", 1)
     assert commit(forked, [9]).version == 2
     assert list(forked.at(2).transcript) == [1, 9]
     assert list(history.at(2).transcript) == [1, 2]
@@ -186,7 +211,7 @@ def test_a_fork_counts_on_from_where_it_was_forked_and_knows_only_the_way_there(
 
 
 def test_going_back_to_the_opening_brings_its_messages_back() -> None:
-    history = History.opened(HEAD, [user("hello")])
+    history = History.opened(OWNER, HEAD, [user("hello")])
     commit(history, [1])
     assert history.tip.pending == ()
     history.rollback(0)
@@ -223,7 +248,7 @@ def grown(action: Any) -> int:
 
 
 def test_a_fork_shares_tokens_and_messages(long_history: History) -> None:
-    forked = long_history.fork(700)
+    forked = long_history.fork("other", 700)
     assert forked.tip is long_history.at(700)
     commit(forked, [1])
     assert forked.tip.transcript._run.parent is long_history.tip.transcript._run
@@ -232,12 +257,12 @@ def test_a_fork_shares_tokens_and_messages(long_history: History) -> None:
 
 def test_a_fork_costs_a_pointer_and_what_it_adds(long_history: History) -> None:
     def fork() -> list[History]:
-        forks = [long_history.fork(300 + each) for each in range(100)]
+        forks = [long_history.fork("other", 300 + each) for each in range(100)]
         for each in forks:
             commit(each, [1] * 10)
         return forks
 
-    assert grown(lambda: [long_history.fork(each) for each in range(100)]) < 100 * 500
+    assert grown(lambda: [long_history.fork("other", each) for each in range(100)]) < 100 * 500
     # At most 1,024 tokens and as many references to messages, and the commit itself.
     assert grown(fork) < 100 * (1024 * (4 + 8) + 4000)
 

@@ -13,9 +13,11 @@ from engine_double import EngineDouble
 from session_server import app_of
 
 from stateful_sglang.api import errors as api_errors
-from stateful_sglang.api.native import schemas
+from stateful_sglang.api.native import changes, schemas
 from stateful_sglang.api.native.bodies import Body
 from stateful_sglang.api.native.message_fields import IGNORED_FIELDS
+from stateful_sglang.api.native.writing import NOT_ASKED
+from stateful_sglang.service import service as service_module
 from stateful_sglang.service.engine import EngineError, ErrorKind
 from stateful_sglang.service.failures import turn_failed
 from stateful_sglang.service.results import Usage
@@ -43,17 +45,61 @@ def test_every_route_is_listed_and_no_other() -> None:
     assert set(names("Routes")) == served
 
 
+KEPT = "How a session is kept"
+TURN = "Taking a turn"
+
+
 @pytest.mark.parametrize(
-    ("heading", "model"),
+    ("model", "headings"),
     [
-        ("Opening a session", schemas.OpenBody),
-        ("Appending", schemas.AppendBody),
-        ("A message", schemas.MessageBody),
-        ("Sampling", schemas.SamplingBody),
+        (schemas.OpenBody, ["Opening a session", KEPT]),
+        (schemas.OptionsBody, [KEPT]),
+        (schemas.AppendBody, ["Appending", "Answering", TURN]),
+        (schemas.GenerateBody, ["Answering", TURN]),
+        (changes.IngestBody, ["Ingesting", TURN]),
+        (changes.ForkBody, ["Forking", KEPT]),
+        (changes.RollbackBody, ["Rolling back", TURN]),
+        (changes.EditBody, ["Editing", TURN]),
+        (changes.TouchBody, ["Touching"]),
+        (changes.ImportBody, ["Export and import"]),
+        (schemas.MessageBody, ["A message"]),
+        (schemas.SamplingBody, ["Sampling"]),
     ],
 )
-def test_a_body_has_the_fields_that_are_listed(heading: str, model: type[Body]) -> None:
-    assert names(heading) == list(model.model_fields)
+def test_a_body_has_the_fields_that_are_listed(model: type[Body], headings: list[str]) -> None:
+    listed = [name for heading in headings for name in names(heading)]
+    assert sorted(listed) == sorted(model.model_fields)
+
+
+def test_every_body_is_among_those_above() -> None:
+    (mark,) = test_a_body_has_the_fields_that_are_listed.pytestmark
+    listed = {model for model, _ in mark.args[1]}
+    operations = {
+        each
+        for module in (schemas, changes)
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, Body) and hasattr(each, "operation")
+    }
+    assert operations <= listed
+
+
+def test_a_key_does_not_cover_the_fields_that_are_listed() -> None:
+    text = PAGE.split("### Idempotency keys")[1].split("decided by all fields")[1]
+    assert set(re.findall(r"`(\w+)`", text.partition(". ")[0])) == NOT_ASKED
+
+
+def test_a_list_is_asked_for_by_what_is_listed() -> None:
+    (operation,) = [app_of(EngineDouble()).openapi()["paths"]["/v1/sessions"]["get"]]
+    assert names("Listing sessions") == [each["name"] for each in operation["parameters"]]
+
+
+def test_every_event_of_a_session_is_listed() -> None:
+    service = Path(service_module.__file__).parent
+    code = "".join(path.read_text(encoding="utf-8") for path in service.glob("*.py"))
+    told = set(re.findall(r'tell\(\s*[\w.]+,\s*"([\w.]+)"', code))
+    told |= set(re.findall(r'SessionEvent\("([\w.]+)"', code))
+    assert len(told) > 9
+    assert told | {"error"} == set(names("Events of a session"))
 
 
 def test_usage_has_the_figures_that_are_listed() -> None:
@@ -112,7 +158,7 @@ def test_the_tree_has_the_fields_that_are_listed() -> None:
     from stateful_sglang.prefix.policies.base import EvictionClass
     from stateful_sglang.runtime.sessions.requests import TreeSummaryReq
     from stateful_sglang.runtime.sessions.scheduler import SchedulerSessions
-    from stateful_sglang.runtime.tree.cache import NodeInfo
+    from stateful_sglang.runtime.tree.describe import NodeInfo
 
     sessions = SchedulerSessions(SimpleNamespace(tree_cache=Rig().tree, draft_worker=None))
     whole = sessions.summarise(TreeSummaryReq(rid="a", stateful_session=None, limit=1))

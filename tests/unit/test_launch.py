@@ -197,6 +197,16 @@ def test_sessions_bring_their_tree_and_their_drafts() -> None:
     assert added["speculative_num_draft_tokens"] == 7
 
 
+def test_figures_are_served_unless_the_user_says_otherwise() -> None:
+    on: dict[str, suit.Setting] = {}
+    suit.for_sessions(Options(), {}, on)
+    assert on["enable_metrics"] is True
+    for options, given in ((Options(metrics=False), {}), (Options(), {"enable_metrics": True})):
+        added: dict[str, suit.Setting] = {}
+        suit.for_sessions(options, given, added)
+        assert "enable_metrics" not in added
+
+
 @pytest.mark.parametrize(
     ("config", "given"),
     [

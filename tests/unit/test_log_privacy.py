@@ -23,7 +23,7 @@ from sglang.srt.utils.request_logger import (  # noqa: E402 - SGLang imports onl
     _transform_data_for_logging,
 )
 
-from stateful_sglang.runtime.sessions.engine import TurnInput, TurnOrigin  # noqa: E402
+from stateful_sglang.runtime.sessions.manager import TurnInput, TurnOrigin  # noqa: E402
 
 SECRET = "q7Xw_sEcReT-bearer-id-01"
 
@@ -37,6 +37,7 @@ SECRET = "q7Xw_sEcReT-bearer-id-01"
         f"/v1/tree?session_id={SECRET}",
         f"/v1/tree?limit=3&session_id={SECRET}&x=1",
         f"/v1/sessions/{SECRET.replace('-', '%2D')}/append",
+        f"/v1/sessions?limit=2&after={SECRET}",
     ],
 )
 def test_the_access_log_names_a_session_by_its_digest(target: str) -> None:
@@ -62,8 +63,18 @@ def test_the_access_log_names_a_session_by_its_digest(target: str) -> None:
 
 
 def test_other_targets_are_logged_as_they_are() -> None:
-    for target in ("/v1/sessions", "/v1/sessions?limit=3", "/v1/chat/completions", "/v1/tree"):
+    for target in (
+        "/v1/sessions",
+        "/v1/sessions?limit=3",
+        "/v1/sessions/import",
+        "/v1/chat/completions",
+        "/v1/tree",
+    ):
         assert access_log.redacted(target) == target
+
+
+def test_an_id_that_begins_as_a_route_does_is_redacted_too() -> None:
+    assert SECRET not in access_log.redacted(f"/v1/sessions/import{SECRET}/events")
 
 
 def test_a_rank_refuses_a_turn_without_naming_its_session() -> None:

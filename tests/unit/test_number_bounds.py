@@ -226,7 +226,7 @@ from sglang.srt.entrypoints.openai.serving_tokenize import OpenAIServingDetokeni
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.plugins.hook_registry import HookRegistry
 from stateful_sglang.runtime import admission
-from stateful_sglang.runtime.sessions.engine import StatefulTokenizerManager
+from stateful_sglang.runtime.sessions.manager import StatefulTokenizerManager
 
 admission.attach()
 HookRegistry.apply_hooks()

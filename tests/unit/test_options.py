@@ -44,6 +44,9 @@ def values(option: Declared) -> st.SearchStrategy[Any]:
         return st.integers(int(bounds.low), int(bounds.high))
     if bounds is not None:
         return st.floats(bounds.low, bounds.high)
+    if option.kind is tuple:
+        word = st.text("ab.:/*", min_size=1, max_size=5)
+        return st.lists(word, max_size=3).map(tuple)
     return st.just(option.default)
 
 
@@ -57,8 +60,9 @@ def words(options: Options) -> list[str]:
     line = []
     for each in SETTABLE:
         value = getattr(options, each.name)
-        if value is not None:
+        if value not in (None, ()):
             shown = ("on" if value else "off") if each.kind is bool else str(value)
+            shown = ",".join(value) if each.kind is tuple else shown
             line += [each.flag, shown]
     return line
 
@@ -71,7 +75,16 @@ def test_what_is_written_on_the_command_line_reaches_the_processes(options: Opti
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ENV, "")
         options.to_env()
-        assert Options.from_env() == replace(options, cache_dir=None)
+        left = {each.name: each.default for each in declared() if not each.option.travels}
+        assert Options.from_env() == replace(options, **left)
+
+
+def test_an_option_of_words_takes_commas_and_is_taken_several_times() -> None:
+    words = ["--allow-host", "a,b", "--allow-host=c", "--allow-origin", "https://x, null"]
+    ours, _ = parser.parse([*words, "--insecure", "--port", "1"])
+    assert ours.allow_host == ("a", "b", "c")
+    assert ours.allow_origin == ("https://x", "null")
+    assert ours.insecure
 
 
 def test_nothing_given_is_every_default() -> None:
@@ -89,7 +102,7 @@ def test_help_lists_each_option_with_its_default(
     assert option.help in " ".join(line.split())
     assert (
         f"(default: {option.shown_default}{option.option.default_note})" in line
-        or option.default is None
+        or option.default in (None, ())
     )
 
 

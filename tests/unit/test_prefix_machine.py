@@ -22,6 +22,7 @@ from prefix_rig import Rig
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from stateful_sglang.prefix.policies import POLICIES
+from stateful_sglang.session.rank import RankTurnKind
 
 # Few different tokens, so that paths share prefixes and split all the time.
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=9)
@@ -68,26 +69,69 @@ class CardinalTreeMachine(RuleBasedStateMachine):
     def idle(self) -> list[Session]:
         return [session for session in self.sessions.values() if not session.busy]
 
-    @rule(target=requests, delta=TOKENS, kept=st.floats(0, 1), whole=st.booleans(), data=st.data())
-    def start_turn(self, delta: list[int], kept: float, whole: bool, data: st.DataObject) -> Any:
+    def open(self) -> Session:
+        self.opened += 1
+        session = self.sessions[f"s{self.opened}"] = Session(f"s{self.opened}")
+        return session
+
+    @rule(
+        target=requests,
+        delta=TOKENS,
+        kept=st.floats(0, 1),
+        whole=st.booleans(),
+        kind=st.sampled_from(["turn", "prefill"]),
+        data=st.data(),
+    )
+    def start_turn(
+        self, delta: list[int], kept: float, whole: bool, kind: RankTurnKind, data: st.DataObject
+    ) -> Any:
         idle = self.idle()
         chosen = data.draw(st.integers(0, len(idle)), label="session")
         if chosen < len(idle):
             session = idle[chosen]
         elif len(self.sessions) < 5:
-            self.opened += 1
-            session = self.sessions[f"s{self.opened}"] = Session(f"s{self.opened}")
+            session = self.open()
         else:
             return multiple()
         base = len(session.transcript) if whole else int(kept * len(session.transcript))
         session.transcript = session.transcript[:base]
         session.covered = min(session.covered, self.aligned(base))
-        req = self.rig.start([*session.transcript, *delta], session.name, base)
+        req = self.rig.start([*session.transcript, *delta], session.name, base, kind)
         if req is None:
             return multiple()
         self.settle_prefill(session, base)
         session.busy = True
         return req
+
+    @precondition(lambda self: self.sessions)
+    @rule(target=requests, delta=TOKENS, kept=st.floats(0, 1), data=st.data())
+    def start_ephemeral(self, delta: list[int], kept: float, data: st.DataObject) -> Any:
+        session = self.sessions[data.draw(st.sampled_from(sorted(self.sessions)))]
+        base = int(kept * len(session.transcript))
+        prompt = [*session.transcript[:base], *delta]
+        req = self.rig.start(prompt, session.name, base, "ephemeral")
+        return req if req is not None else multiple()
+
+    @precondition(lambda self: self.sessions and len(self.sessions) < 5)
+    @rule(kept=st.floats(0, 1), data=st.data())
+    def fork(self, kept: float, data: st.DataObject) -> None:
+        source = self.sessions[data.draw(st.sampled_from(sorted(self.sessions)))]
+        length = int(kept * len(source.transcript))
+        session = self.open()
+        session.transcript = source.transcript[:length]
+        session.covered = min(source.covered, self.aligned(length))
+        self.rig.tree.fork_session(source.name, session.name, length)
+
+    @rule(kept=st.floats(0, 1), data=st.data())
+    def roll_back(self, kept: float, data: st.DataObject) -> None:
+        idle = self.idle()
+        if not idle:
+            return
+        session = data.draw(st.sampled_from(idle))
+        length = int(kept * len(session.transcript))
+        session.transcript = session.transcript[:length]
+        session.covered = min(session.covered, self.aligned(length))
+        self.rig.tree.truncate_session(session.name, length)
 
     def settle_prefill(self, session: Session, base: int) -> None:
         if self.aligned(base) - session.covered > self.page_size:
@@ -100,7 +144,8 @@ class CardinalTreeMachine(RuleBasedStateMachine):
 
     @rule(req=requests, tokens=TOKENS)
     def decode(self, req: Any, tokens: list[int]) -> None:
-        if req in self.rig.running:
+        turn = self.rig.turns.get(req.rid)
+        if req in self.rig.running and (turn is None or turn.kind != "prefill"):
             self.rig.decode(req, tokens)
 
     @rule(req=consumes(requests), share=st.floats(0, 1))
@@ -112,8 +157,10 @@ class CardinalTreeMachine(RuleBasedStateMachine):
         computed = req.kv.kv_committed_len
         # A stop lies among the tokens since the last check; what a resumed request had was checked.
         delivered = max(round(share * len(generated)), self.checked.get(req.rid, 0))
+        if turn is not None and turn.kind == "prefill":
+            delivered = 0
         self.rig.finish(req, delivered)
-        if turn is not None:
+        if turn is not None and turn.kind != "ephemeral":
             session = self.sessions[turn.session_id]
             session.transcript = [*req.origin_input_ids, *generated[:delivered]]
             session.covered = self.aligned(min(computed, len(session.transcript)))
@@ -124,7 +171,7 @@ class CardinalTreeMachine(RuleBasedStateMachine):
         if req in self.rig.running:
             turn = self.rig.turns.get(req.rid)
             (self.rig.fail if nan else self.rig.abort)(req)
-            if turn is not None:
+            if turn is not None and turn.kind != "ephemeral":
                 self.sessions[turn.session_id].busy = False
 
     @rule(req=requests, wanted=st.integers(0, 40))
@@ -136,7 +183,7 @@ class CardinalTreeMachine(RuleBasedStateMachine):
         self.rig.evict(wanted)
         self.checked[req.rid] = len(req.output_ids)
         resumed = self.rig.admit(req)
-        if turn is not None:
+        if turn is not None and turn.kind != "ephemeral":
             session = self.sessions[turn.session_id]
             session.busy = resumed
             if resumed:
@@ -151,8 +198,9 @@ class CardinalTreeMachine(RuleBasedStateMachine):
     def close(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.sessions)), label="session")
         del self.sessions[name]
-        for rid in [rid for rid, turn in self.rig.turns.items() if turn.session_id == name]:
-            del self.rig.turns[rid]
+        for rid, turn in self.rig.turns.items():
+            if turn.session_id == name:  # as the rank's sessions let it go on alone
+                self.rig.turns[rid] = turn._replace(kind="ephemeral")
         self.rig.tree.release_session_leaf(name)
 
     @rule(tokens=st.integers(0, 60))

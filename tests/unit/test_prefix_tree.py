@@ -12,14 +12,9 @@ from prefix_rig import ComponentType, RadixKey, Req, Rig, SamplingParams, chain,
 
 from stateful_sglang.prefix.policies import POLICIES
 from stateful_sglang.runtime.tree import cache
-from stateful_sglang.runtime.tree.cache import (
-    SUMMARY_NODES,
-    CardinalPrefixTree,
-    TreeIntegrityError,
-    ended_well,
-    logits_broke,
-    register,
-)
+from stateful_sglang.runtime.tree.cache import CardinalPrefixTree, TreeIntegrityError, register
+from stateful_sglang.runtime.tree.describe import SUMMARY_NODES
+from stateful_sglang.runtime.tree.ends import ended_well, logits_broke
 
 TRUNK = list(range(1500))
 

@@ -9,7 +9,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from stateful_sglang.session.rank import BusySessionError, RankSessions, RankTurn, StaleBaseError
+from stateful_sglang.session.rank import (
+    BusySessionError,
+    RankSessions,
+    RankTurn,
+    RankTurnKind,
+    StaleBaseError,
+)
 from stateful_sglang.session.transcript import Transcript
 
 tokens = st.lists(st.integers(0, 99), max_size=6)
@@ -76,9 +82,87 @@ def test_closing_during_a_turn_lets_the_turn_end_without_effect() -> None:
     ranks = RankSessions()
     ranks.begin_turn("s", "r1", 0, ids([1]))
     assert ranks.close("s")
-    assert ranks.finish_turn("r1", [2]) == RankTurn("s", 0, 1)
+    assert ranks.turn_of("r1") == RankTurn("s", 0, 1, "ephemeral"), "a turn that only reads"
+    ranks.finish_turn("r1", [2])
     assert "s" not in ranks
     assert not ranks.close("s")
+
+
+def test_a_session_can_start_anew_while_a_turn_of_its_closed_self_runs() -> None:
+    ranks = RankSessions()
+    ranks.begin_turn("s", "r1", 0, ids([1]))
+    ranks.close("s")
+    assert list(ranks.begin_turn("s", "r2", 0, ids([7]))) == [7]
+    ranks.finish_turn("r1", [2])
+    ranks.finish_turn("r2", [8])
+    assert list(ranks.begin_turn("s", "r3", 2, ids([9]))) == [7, 8, 9]
+
+
+def test_ephemeral_turns_run_beside_a_writer_and_keep_nothing() -> None:
+    ranks = RankSessions()
+    ranks.begin_turn("s", "r1", 0, ids([1, 2]))
+    ranks.finish_turn("r1", [3])
+    ranks.begin_turn("s", "r2", 3, ids([4]))
+    assert list(ranks.begin_turn("s", "e1", 3, ids([50]), "ephemeral")) == [1, 2, 3, 50]
+    assert list(ranks.begin_turn("s", "e2", 2, ids([60]), "ephemeral")) == [1, 2, 60]
+    assert ranks.turn_of("e2") == RankTurn("s", 2, 3, "ephemeral")
+    ranks.finish_turn("e1", [51])
+    ranks.finish_turn("r2", [5])
+    ranks.finish_turn("e2", None)
+    assert list(ranks.begin_turn("s", "r3", 5, ids([6]))) == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_ephemeral_turn_leaves_a_provisional_commit_alone() -> None:
+    ranks = RankSessions()
+    ranks.begin_turn("s", "r1", 0, ids([1]))
+    ranks.finish_turn("r1", [2])
+    ranks.begin_turn("s", "e1", 0, ids([9]), "ephemeral")
+    assert list(ranks.begin_turn("s", "r2", 2, ids([3]))) == [1, 2, 3]
+
+
+def test_an_ephemeral_turn_creates_no_session_and_continues_only_what_is_held() -> None:
+    ranks = RankSessions()
+    assert list(ranks.begin_turn("s", "e1", 0, ids([1]), "ephemeral")) == [1]
+    assert "s" not in ranks
+    with pytest.raises(StaleBaseError, match="this rank holds 0"):
+        ranks.begin_turn("s", "e2", 1, ids([1]), "ephemeral")
+    ranks.finish_turn("e1", [2])
+    assert "s" not in ranks
+
+
+def test_a_prefill_keeps_its_delta_and_none_of_its_output() -> None:
+    ranks = RankSessions()
+    ranks.begin_turn("s", "p1", 0, ids([1, 2]), "prefill")
+    with pytest.raises(BusySessionError):
+        ranks.begin_turn("s", "r1", 0, ids([1]))
+    ranks.finish_turn("p1", [99])
+    assert list(ranks.begin_turn("s", "p2", 2, ids([3]), "prefill")) == [1, 2, 3]
+    ranks.finish_turn("p2", None)
+    assert list(ranks.begin_turn("s", "r2", 2, ids([4]))) == [1, 2, 4]
+
+
+def test_a_rollback_drops_the_tail_and_no_more_than_is_held() -> None:
+    ranks = RankSessions()
+    ranks.begin_turn("s", "r1", 0, ids([1, 2]))
+    ranks.finish_turn("r1", [3])
+    assert not ranks.rollback("s", 4)
+    assert not ranks.rollback("s", 3)
+    assert ranks.rollback("s", 2)
+    assert not ranks.rollback("unknown", 0)
+    with pytest.raises(StaleBaseError, match="this rank holds 2"):
+        ranks.begin_turn("s", "r2", 3, ids([9]))
+    assert list(ranks.begin_turn("s", "r3", 2, ids([9]))) == [1, 2, 9]
+
+
+def test_a_turn_whose_base_is_rolled_back_ends_without_effect() -> None:
+    ranks = RankSessions()
+    ranks.begin_turn("s", "r1", 0, ids([1, 2]))
+    ranks.finish_turn("r1", [3])
+    ranks.begin_turn("s", "r2", 3, ids([4]))
+    assert not ranks.rollback("s", 3), "its own base stands"
+    assert ranks.rollback("s", 1)
+    ranks.finish_turn("r2", [5])
+    assert list(ranks.begin_turn("s", "r3", 1, ids([9]))) == [1, 9]
 
 
 def test_a_fork_continues_what_its_source_held_and_both_go_on_alone() -> None:
@@ -118,25 +202,56 @@ def test_a_fork_of_tokens_that_are_not_held_is_refused_and_changes_nothing() -> 
 
 
 class RankMachine(RuleBasedStateMachine):
-    """Turns that commit, abort or are never published, against plain lists."""
+    """Every operation, turns that commit, abort or are never published, against plain lists."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ranks = RankSessions()
         self.committed: dict[str, list[int]] = {}
         self.running: dict[str, tuple[str, list[int]]] = {}
+        self.kinds: dict[str, RankTurnKind] = {}
+        self.reading: dict[str, RankTurn] = {}
+        """Turns that keep nothing: ephemeral ones, and those whose session left them behind."""
         self.next_rid = 0
 
-    @rule(session=st.sampled_from("abc"), delta=tokens)
-    def begin(self, session: str, delta: list[int]) -> None:
-        if any(owner == session for owner, _ in self.running.values()):
+    def new_rid(self) -> str:
+        self.next_rid += 1
+        return f"{self.next_rid:04}"
+
+    def writer(self, session: str) -> str | None:
+        return next((rid for rid, (owner, _) in self.running.items() if owner == session), None)
+
+    def leave_behind(self, session: str) -> None:
+        rid = self.writer(session)
+        if rid is not None:
+            del self.running[rid]
+            self.reading[rid] = self.ranks.turn_of(rid)._replace(kind="ephemeral")
+
+    @rule(session=st.sampled_from("abc"), delta=tokens, kind=st.sampled_from(["turn", "prefill"]))
+    def begin(self, session: str, delta: list[int], kind: RankTurnKind) -> None:
+        if self.writer(session) is not None:
             return
         base = self.committed.setdefault(session, [])
-        rid = f"{self.next_rid:04}"
-        self.next_rid += 1
-        prompt = self.ranks.begin_turn(session, rid, len(base), ids(delta))
+        rid = self.new_rid()
+        prompt = self.ranks.begin_turn(session, rid, len(base), ids(delta), kind)
         assert list(prompt) == base + delta
         self.running[rid] = (session, base + delta)
+        self.kinds[rid] = kind
+
+    @rule(session=st.sampled_from("abcd"), delta=tokens, part=st.floats(0, 1))
+    def begin_ephemeral(self, session: str, delta: list[int], part: float) -> None:
+        held = self.committed.get(session, [])
+        base = held[: int(part * len(held))]
+        rid = self.new_rid()
+        prompt = self.ranks.begin_turn(session, rid, len(base), ids(delta), "ephemeral")
+        assert list(prompt) == base + delta
+        self.reading[rid] = RankTurn(session, len(base), len(prompt), "ephemeral")
+
+    @precondition(lambda self: self.reading)
+    @rule(data=st.data(), output=st.none() | tokens)
+    def end_ephemeral(self, data: st.DataObject, output: list[int] | None) -> None:
+        rid = data.draw(st.sampled_from(sorted(self.reading)))
+        assert self.ranks.finish_turn(rid, output) == self.reading.pop(rid)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), output=tokens, fate=st.sampled_from(["commit", "abort", "unpublished"]))
@@ -145,7 +260,19 @@ class RankMachine(RuleBasedStateMachine):
         session, prompt = self.running.pop(rid)
         self.ranks.finish_turn(rid, None if fate == "abort" else output)
         if fate == "commit":
-            self.committed[session] = prompt + output
+            kept = output if self.kinds[rid] == "turn" else []
+            self.committed[session] = prompt + kept
+
+    @rule(session=st.sampled_from("abc"), part=st.floats(0, 1), beyond=st.integers(0, 1))
+    def roll_back(self, session: str, part: float, beyond: int) -> None:
+        held = self.committed.get(session)
+        length = int(part * len(held)) + beyond if held else beyond
+        shorter = held is not None and length < len(held)
+        # What was never published may be cut too, which no one sees.
+        assert self.ranks.rollback(session, length) or not shorter
+        if shorter:
+            self.committed[session] = held[:length]
+            self.leave_behind(session)
 
     @rule(source=st.sampled_from("abc"), name=st.sampled_from("abc"), part=st.floats(0, 1))
     def fork(self, source: str, name: str, part: float) -> None:
@@ -158,16 +285,18 @@ class RankMachine(RuleBasedStateMachine):
 
     @rule(session=st.sampled_from("abc"))
     def close(self, session: str) -> None:
-        if not any(owner == session for owner, _ in self.running.values()):
-            known = self.committed.pop(session, None) is not None
-            assert self.ranks.close(session) == known
+        known = self.committed.pop(session, None) is not None
+        assert self.ranks.close(session) == known
+        self.leave_behind(session)
 
     @invariant()
     def running_turns_are_known(self) -> None:
         for rid, (session, prompt) in self.running.items():
             turn = self.ranks.turn_of(rid)
             assert turn is not None
-            assert turn == RankTurn(session, len(self.committed[session]), len(prompt))
+            assert turn == RankTurn(
+                session, len(self.committed[session]), len(prompt), self.kinds[rid]
+            )
 
 
 TestRankMachine = RankMachine.TestCase

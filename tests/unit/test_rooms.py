@@ -30,6 +30,7 @@ ROOMS = (
     "rendering",
     "prefix",
     "draft",
+    "tenants",
     "service",
     "api",
     "client",
@@ -133,7 +134,8 @@ def test_only_the_binding_names_sglang_and_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "room", ["attachments", "session", "grammar", "rendering", "prefix", "draft", "service"]
+    "room",
+    ["attachments", "session", "grammar", "rendering", "prefix", "draft", "tenants", "service"],
 )
 def test_importing_a_pure_room_loads_nothing_heavy(room: str) -> None:
     """What the table says by source holds at run time too: no library pulls them in."""

@@ -13,12 +13,19 @@ from stateful_sglang.cpu.platform import prepare
 prepare()
 
 from sglang.srt.managers.schedule_batch import (  # noqa: E402 - SGLang comes after prepare()
+    FINISH_ABORT,
+    FINISH_LENGTH,
     FINISH_MATCHED_STR,
     Req,
 )
 from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
 from stateful_sglang.runtime.sessions import scheduler as runtime  # noqa: E402
+from stateful_sglang.runtime.sessions.requests import (  # noqa: E402
+    SessionCloseReq,
+    SessionForkReq,
+    SessionRollbackReq,
+)
 
 
 class Streamer:
@@ -31,14 +38,25 @@ class Streamer:
         self.sent += [req.finished_reason.to_json() for req in reqs if req.finished()]
 
 
+class Record:
+    """A tree, or draft indexes: what they were told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+
+    def bind_sessions(self, turn_of: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: self.told.append((name, *args))
+
+
 @pytest.fixture
 def rank(monkeypatch: pytest.MonkeyPatch) -> runtime.SchedulerSessions:
-    tree = SimpleNamespace(bind_sessions=lambda _: None, release_session_leaf=lambda _: None)
     config = SimpleNamespace(vocab_size=100)
     sessions = runtime.SchedulerSessions(
         SimpleNamespace(
-            tree_cache=tree,
-            draft_worker=None,
+            tree_cache=Record(),
+            draft_worker=SimpleNamespace(indexes=Record()),
             model_config=config,
             tokenizer=None,
             output_streamer=Streamer(),
@@ -94,6 +112,7 @@ def test_a_refused_turn_is_told_its_kind_and_no_secret(
             stateful_session="a-secret-id",
             rid=rid,
             base_len=base_len,
+            kind="turn",
             input_ids=array("q", [1]),
             sampling_params=SamplingParams(max_new_tokens=8),
             stream=True,
@@ -110,3 +129,95 @@ def test_a_refused_turn_is_told_its_kind_and_no_secret(
     assert (busy["status_code"], busy["err_type"]) == (409, "busy")
     assert "turn rejected" in caplog.text
     assert "a-secret-id" not in caplog.text + stale["message"] + busy["message"]
+
+
+def ended(rank: runtime.SchedulerSessions, rid: str, reason: Any) -> Req:
+    req = Req(rid, "", array("q", [1, 2]), SamplingParams(max_new_tokens=8), vocab_size=100)
+    req.output_ids.extend([3, 4])
+    req.finished_reason = reason
+    runtime._end_finished(Streamer.stream_output, Streamer(), [req], False)
+    return req
+
+
+def test_an_ephemeral_turn_ends_without_a_trace(rank: runtime.SchedulerSessions) -> None:
+    rank.ranks.begin_turn("s", "e1", 0, array("q", [1, 2]), "ephemeral")
+    req = ended(rank, "e1", FINISH_LENGTH(2))
+    assert rank._tree.told == [("bury_turn", req)]
+    assert rank._indexes.told == [("forget", "e1")]
+    assert "s" not in rank.ranks
+
+
+def test_a_turn_that_is_given_up_for_lack_of_kv_is_buried_and_dropped(
+    rank: runtime.SchedulerSessions,
+) -> None:
+    rank.ranks.begin_turn("s", "r1", 0, array("q", [1, 2]))
+    req = Req("r1", "", array("q", [1, 2]), SamplingParams(max_new_tokens=8), vocab_size=100)
+    req.to_finish = FINISH_ABORT("Out of memory")
+    runtime._end_aborted(None, req, finished_reason=req.to_finish.to_json())
+    assert rank._tree.told == [("bury_turn", req)]
+    assert list(rank.ranks.begin_turn("s", "r2", 0, array("q", [9]))) == [9]
+
+
+def test_a_turn_that_is_kept_is_not_buried(rank: runtime.SchedulerSessions) -> None:
+    rank.ranks.begin_turn("s", "r1", 0, array("q", [1, 2]))
+    ended(rank, "r1", FINISH_LENGTH(2))
+    rank.ranks.begin_turn("s", "p1", 4, array("q", [5]), "prefill")
+    ended(rank, "p1", FINISH_LENGTH(0))
+    assert rank._tree.told == []
+    assert list(rank.ranks.begin_turn("s", "r2", 5, array("q", [9]))) == [1, 2, 3, 4, 5, 9]
+
+
+def test_a_fork_shares_tokens_and_kv(rank: runtime.SchedulerSessions) -> None:
+    rank.ranks.begin_turn("s", "r1", 0, array("q", [1, 2]))
+    rank.ranks.finish_turn("r1", [3])
+    rank.fork(SessionForkReq(source_session="s", stateful_session="f", length=2))
+    assert rank._tree.told == [("fork_session", "s", "f", 2)]
+    assert list(rank.ranks.begin_turn("f", "r2", 2, array("q", [9]))) == [1, 2, 9]
+
+
+@pytest.mark.parametrize(("source", "name"), [("unknown-id", "f"), ("s", "s")])
+def test_a_fork_that_cannot_be_had_disturbs_nobody(
+    rank: runtime.SchedulerSessions, caplog: pytest.LogCaptureFixture, source: str, name: str
+) -> None:
+    rank.ranks.begin_turn("s", "r1", 0, array("q", [1, 2]))
+    rank.ranks.finish_turn("r1", [3])
+    with caplog.at_level("DEBUG"):
+        rank.fork(SessionForkReq(source_session=source, stateful_session=name, length=1))
+    assert rank._tree.told == []
+    assert "was not forked" in caplog.text
+    assert "unknown-id" not in caplog.text
+    assert list(rank.ranks.begin_turn("s", "r2", 3, array("q", [9]))) == [1, 2, 3, 9]
+
+
+def test_a_rollback_reaches_tokens_tree_and_drafts(rank: runtime.SchedulerSessions) -> None:
+    rank.ranks.begin_turn("s", "r1", 0, array("q", [1, 2]))
+    rank.ranks.finish_turn("r1", [3])
+    rank.roll_back(SessionRollbackReq(stateful_session="s", length=2))
+    assert rank._tree.told == [("truncate_session", "s", 2)]
+    assert rank._indexes.told == [("truncate", "s", 2)]
+    assert list(rank.ranks.begin_turn("s", "r2", 2, array("q", [9]))) == [1, 2, 9]
+
+
+def test_closing_during_a_turn_lets_it_go_on_as_one_that_keeps_nothing(
+    rank: runtime.SchedulerSessions,
+) -> None:
+    rank.ranks.begin_turn("s", "r1", 0, array("q", [1, 2]))
+    rank.close(SessionCloseReq(stateful_session="s"))
+    req = ended(rank, "r1", FINISH_LENGTH(2))
+    assert rank._tree.told == [("release_session_leaf", "s"), ("bury_turn", req)]
+    assert "s" not in rank.ranks
+
+
+def test_a_request_of_no_new_tokens_ends_by_length_whatever_was_sampled() -> None:
+    for sampled in (0, 2, 7):
+        sampling = SamplingParams(max_new_tokens=0, temperature=0.0)
+        sampling.normalize(None)
+        req = Req("p1", "", array("q", [1, 2]), sampling, vocab_size=100)
+        req.eos_token_ids = {2}
+        req.tokenizer = None
+        req.output_ids.append(sampled)
+        req.update_finish_state()
+        assert isinstance(req.finished_reason, FINISH_LENGTH)
+        assert list(req.output_ids_through_stop) == []
+        req.kv.kv_committed_len = 2
+        assert req.owned_kv_len() == 2, "the KV of the whole prompt, and no more"

@@ -70,7 +70,12 @@ async def test_a_session_from_open_to_close() -> None:
         tree = (await client.get("/v1/tree", params={"session_id": session, "limit": 5})).json()
         assert (tree["session_id"], tree["limit"]) == (session, 5)
         closed = await client.delete(f"/v1/sessions/{session}")
-        assert closed.json() == {"id": session, "version": 1, "closed": True}
+        assert closed.json() == {
+            "id": session,
+            "version": 1,
+            "closed": True,
+            "erased": False,
+        }
         assert (await client.get(f"/v1/sessions/{session}")).status_code == 404
 
 
@@ -147,6 +152,15 @@ BAD = [
     ({**TEXT, "unknown": 1}, "unknown"),
     ({**TEXT, "stream": "yes"}, "stream"),
     ({**TEXT, "expected_version": -1}, "expected_version"),
+    ({**TEXT, "expected_version": 2**63}, "expected_version"),
+    ({**TEXT, "on_busy": "queue"}, "on_busy"),
+    ({**TEXT, "wait_s": 601}, "wait_s"),
+    ({**TEXT, "wait_s": -1}, "wait_s"),
+    ({**TEXT, "wait_s": "10"}, "wait_s"),
+    ({**TEXT, "idempotency_key": ""}, "idempotency_key"),
+    ({**TEXT, "idempotency_key": "k" * 257}, "idempotency_key"),
+    ({**TEXT, "ephemeral": 1}, "ephemeral"),
+    ({**TEXT, "detach": "no"}, "detach"),
     ({**TEXT, "tool_choice": "maybe"}, "tool_choice"),
     ({**TEXT, "tool_choice": "required"}, "tool_choice"),
     ({**TEXT, "sampling": []}, "sampling"),
@@ -218,6 +232,13 @@ async def test_bad_input_is_422_naming_the_field_before_the_engine_sees_it(
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
         ({"system": "a", "messages": [{"role": "system", "content": "b"}]}, "system"),
         ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"metadata": {str(key): "" for key in range(17)}}, "metadata"),
+        ({"ttl_s": 0}, "ttl_s"),
+        ({"ttl_s": 1e12}, "ttl_s"),
+        ({"retention": "hard"}, "retention"),
+        ({"priority": 2**31}, "priority"),
+        ({"priority": 1.5}, "priority"),
+        ({"private": None}, "private"),
         ({"stream": True}, "stream"),
     ],
 )
@@ -246,9 +267,6 @@ async def test_errors_have_their_status_type_and_details() -> None:
         assert (full.status_code, full.json()["error"]["tokens_left"]) == (413, 99)
         stale = await client.post(path, json={**TEXT, "expected_version": 3})
         assert (stale.status_code, stale.json()["error"]["version"]) == (409, 0)
-        many = await client.post("/v1/sessions", json={})
-        assert many.status_code == 429
-        assert many.headers["retry-after"]
         large = await client.post(path, json={"text": "x" * 3000})
         assert (large.status_code, large.json()["error"]["max_bytes"]) == (413, 2000)
 
@@ -259,6 +277,14 @@ async def test_errors_have_their_status_type_and_details() -> None:
         assert (await client.post(path, content=chunks())).status_code == 413
         engine.end_with = {"type": "abort", "message": "m", "status_code": None}
         assert (await client.post(path, json=TEXT)).status_code == 500
+        engine.end_with, engine.pause_after = None, 1
+        running = asyncio.create_task(client.post(path, json=TEXT))
+        await engine.paused.wait()
+        many = await client.post("/v1/sessions", json={})
+        assert (many.status_code, many.json()["error"]["type"]) == (429, "too_many_sessions")
+        assert many.headers["retry-after"]
+        engine.go.set()
+        await running
 
 
 async def test_the_applications_own_validation_errors_keep_their_form() -> None:
@@ -298,7 +324,7 @@ async def test_a_client_that_goes_away_leaves_the_last_committed_version(stream:
         body = {"messages": [USER], "stream": stream}
         request = asyncio.create_task(leaving.post(path, json=body))
         await engine.paused.wait()
-        busy = await other.post(path, json={"messages": [USER]})
+        busy = await other.post(path, json={"messages": [USER], "on_busy": "fail"})
         assert (busy.status_code, busy.json()["error"]["version"]) == (409, 1)
         request.cancel()
         await leaving.aclose()

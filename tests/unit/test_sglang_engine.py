@@ -13,9 +13,15 @@ from stateful_sglang.cpu.platform import prepare
 
 prepare()
 
-from stateful_sglang.runtime.sessions.engine import (  # noqa: E402 - SGLang comes after prepare()
-    SGLangEngine,
+from sglang.srt.managers.io_struct import (  # noqa: E402 - SGLang comes after prepare()
+    TokenizedGenerateReqInput,
 )
+from sglang.srt.managers.tokenizer_manager import TokenizerManager  # noqa: E402
+from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
+
+from stateful_sglang.runtime.sessions.engine import SGLangEngine  # noqa: E402
+from stateful_sglang.runtime.sessions.manager import StatefulTokenizerManager  # noqa: E402
+from stateful_sglang.runtime.sessions.requests import SessionAppendReq  # noqa: E402
 from stateful_sglang.service.engine import (  # noqa: E402
     EngineError,
     Finish,
@@ -82,6 +88,7 @@ async def test_reports_become_progress_up_to_the_finish() -> None:
         ([report(None, 5)], "broken"),
         ([], "broken"),
         ([report(None, 5), RuntimeError("the scheduler died")], "broken"),
+        ([ValueError("The input (9 tokens) is longer than the context")], "invalid"),
     ],
 )
 async def test_a_bad_end_is_raised_with_its_kind(reports: Any, kind: str) -> None:
@@ -120,3 +127,58 @@ async def test_a_tree_that_is_not_described_in_time_is_overload() -> None:
     with pytest.raises(EngineError, match="did not describe its tree in time") as late:
         await SGLangEngine(manager).tree_summary(None, 5)
     assert late.value.kind == "overloaded"
+
+
+async def test_a_prefill_samples_nothing_and_reports_its_end_alone() -> None:
+    manager = Manager(report(None, 5), report({"type": "stop", "matched": 2}, 5))
+    sampling = Sampling(max_tokens=5, temperature=1.0, stop=("x",))
+    turn = TurnRequest("s", "rid", 3, array("q", [7]), sampling, kind="prefill")
+    (progress,) = await run(manager, turn)
+    assert progress == TurnProgress("", array("q"), Finish("length"), 4, 3, 0)
+    (request,) = manager.requests
+    assert request.sampling_params == {"max_new_tokens": 0, "temperature": 0.0}
+    assert request.turn.kind == "prefill"
+
+
+async def test_a_salt_reaches_the_scheduler_and_no_log_of_the_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    manager = Manager(report({"type": "length"}, 5))
+    turn = TurnRequest("s", "rid", 3, array("q", [7]), Sampling(), kind="ephemeral", salt="hush")
+    await run(manager, turn)
+    (request,) = manager.requests
+    assert "hush" not in repr(request)
+    tokenized = TokenizedGenerateReqInput(
+        input_text=None,
+        input_ids=array("q", [7]),
+        input_embeds=None,
+        mm_inputs=None,
+        token_type_ids=None,
+        sampling_params=SamplingParams(),
+        return_logprob=False,
+        logprob_start_len=-1,
+        top_logprobs_num=0,
+        token_ids_logprob=None,
+        stream=True,
+    )
+    monkeypatch.setattr(
+        TokenizerManager, "_create_tokenized_object", lambda *_args, **_kwargs: tokenized
+    )
+    made = object.__new__(StatefulTokenizerManager)._create_tokenized_object(request)
+    assert isinstance(made, SessionAppendReq)
+    assert (made.cache_salt, made.kind, made.base_len) == ("hush", "ephemeral", 3)
+
+
+async def test_forks_rollbacks_and_closes_leave_as_messages() -> None:
+    manager = object.__new__(StatefulTokenizerManager)
+    sent: list[Any] = []
+    manager._dispatch_to_scheduler = sent.append  # type: ignore[method-assign]
+    engine = object.__new__(SGLangEngine)
+    engine._manager = manager
+    await engine.fork_session("s", "f", 7)
+    await engine.rollback_session("s", 5)
+    await engine.close_session("s")
+    fork, rollback, close = sent
+    assert (fork.source_session, fork.stateful_session, fork.length) == ("s", "f", 7)
+    assert (rollback.stateful_session, rollback.length) == ("s", 5)
+    assert close.stateful_session == "s"

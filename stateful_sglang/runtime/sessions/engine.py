@@ -1,56 +1,34 @@
-"""The runtime's client side: a tokenizer manager that knows turns, and the API room's engine."""
+"""The engine port over SGLang's tokenizer manager."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from array import array
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
-
-import msgspec
-from sglang.srt.entrypoints.engine import init_tokenizer_manager
-from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput
-from sglang.srt.managers.tokenizer_manager import TokenizerManager
-from sglang.utils import TypeBasedDispatcher
 
 from stateful_sglang.attachments.check import Attachment
 from stateful_sglang.grammar.worker import Worker
+from stateful_sglang.runtime.options import Options
+from stateful_sglang.runtime.sessions import manager
 from stateful_sglang.runtime.sessions.finish import ended_badly, finish_of
-from stateful_sglang.runtime.sessions.requests import (
-    SessionAppendReq,
-    SessionCloseReq,
-    TreeSummaryReq,
-    TreeSummaryReqOutput,
+from stateful_sglang.runtime.sessions.identity import model_digest
+from stateful_sglang.runtime.sessions.manager import (
+    StatefulTokenizerManager,
+    TurnInput,
+    TurnOrigin,
 )
 from stateful_sglang.runtime.sessions.sampling import sampling_params
 from stateful_sglang.runtime.sessions.tool_calls import parse_with_sglang
-from stateful_sglang.service.engine import EngineError, TurnProgress, TurnRequest
+from stateful_sglang.service.engine import EngineError, Finish, TurnProgress, TurnRequest
 from stateful_sglang.service.tool_calls import ParsedAnswer
-from stateful_sglang.session.ids import digest
 
 logger = logging.getLogger(__name__)
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 ATTACHMENTS = (
-    Attachment(
-        f"{_MANAGER}._create_tokenized_object",
-        "subclass",
-        "a turn leaves the API process as our append request",
-    ),
-    Attachment(
-        f"{_MANAGER}.tokenized_generate_req_type",
-        "relies",
-        "the type that our append request takes its fields from",
-    ),
-    Attachment(
-        f"{_MANAGER}._dispatch_to_scheduler",
-        "relies",
-        "close and tree requests leave the API process as SGLang's own do",
-    ),
+    *manager.ATTACHMENTS,
     Attachment(
         f"{_MANAGER}.generate_request",
         "relies",
@@ -62,9 +40,19 @@ ATTACHMENTS = (
         "a lost client aborts its turn; the engine waits until the scheduler let go of it",
     ),
     Attachment(
-        "sglang.srt.entrypoints.engine.init_tokenizer_manager",
+        "sglang.srt.managers.schedule_batch.Req.update_finish_state",
         "relies",
-        "SGLang's launcher takes the tokenizer manager's class as an argument",
+        "a request of no new tokens ends by length at its prefill's end, whatever was sampled",
+    ),
+    Attachment(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode",
+        "relies",
+        "what a request is told that is given up for lack of KV: such a turn can run again",
+    ),
+    Attachment(
+        "sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens",
+        "relies",
+        "a prompt that the whole pool can't hold is a bad request, and no lack of memory",
     ),
     Attachment(
         "sglang.srt.function_call.function_call_parser.FunctionCallParser.parse_non_stream",
@@ -82,87 +70,10 @@ SPARSE_STREAM_INTERVAL = 1 << 20
 """Tokens between two progress reports of a turn that nobody streams: the first one, then the last.
 SGLang reports a request at its first token whatever the interval, which dates the TTFT."""
 
+_NOTHING: Mapping[str, Any] = {"max_new_tokens": 0, "temperature": 0.0}
+"""Sampling of a turn that generates nothing. SGLang computes the KV of the whole prompt, samples
+nothing (or a token that it drops, where the server drafts), and ends the request by length."""
 _DISPATCH_POLL_S = 0.005
-_TREE_REPLY_TIMEOUT_S = 30.0
-
-
-class TurnOrigin:
-    """What a turn continues. No dataclass: SGLang's request log writes out every field of one."""
-
-    __slots__ = ("base_len", "session_id")
-
-    def __init__(self, turn: TurnRequest) -> None:
-        self.session_id = turn.session_id
-        self.base_len = turn.base_len
-
-    def __repr__(self) -> str:
-        return f"TurnOrigin({digest(self.session_id)}, base_len={self.base_len})"
-
-
-@dataclass
-class TurnInput(GenerateReqInput):
-    """A generate request that stands for one turn of a session."""
-
-    turn: TurnOrigin | None = None
-
-
-class StatefulTokenizerManager(TokenizerManager):
-    """SGLang's tokenizer manager, sending turns as append requests."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._tree_replies: dict[str, asyncio.Future[dict[str, Any]]] = {}
-        self._result_dispatcher += TypeBasedDispatcher(
-            [(TreeSummaryReqOutput, self._handle_tree_summary)]
-        )
-
-    def _create_tokenized_object(self, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        tokenized = super()._create_tokenized_object(obj, *args, **kwargs)
-        turn = getattr(obj, "turn", None)
-        if turn is None:
-            return tokenized
-        assert isinstance(tokenized, TokenizedGenerateReqInput)
-        fields = msgspec.structs.asdict(tokenized)
-        return SessionAppendReq(**fields, stateful_session=turn.session_id, base_len=turn.base_len)
-
-    def send_session_close(self, session_id: str) -> None:
-        """Tell every rank to forget a session."""
-        self._dispatch_to_scheduler(SessionCloseReq(stateful_session=session_id))
-
-    async def tree_summary(self, session_id: str | None, limit: int) -> dict[str, Any]:
-        """Ask the scheduler to describe its tree.
-
-        Raises:
-            TimeoutError: The scheduler did not answer; it is busy in one very long step, or gone.
-        """
-        self.auto_create_handle_loop()
-        rid = secrets.token_hex(16)
-        future = asyncio.get_running_loop().create_future()
-        self._tree_replies[rid] = future
-        try:
-            self._dispatch_to_scheduler(
-                TreeSummaryReq(rid=rid, stateful_session=session_id, limit=limit)
-            )
-            return await asyncio.wait_for(future, _TREE_REPLY_TIMEOUT_S)
-        finally:
-            del self._tree_replies[rid]
-
-    def _handle_tree_summary(self, reply: TreeSummaryReqOutput) -> None:
-        future = self._tree_replies.get(reply.rid or "")
-        if future is not None and not future.done():
-            future.set_result(reply.summary)
-
-
-def stateful_tokenizer_manager(on_ready: Callable[[StatefulTokenizerManager], None]) -> Any:
-    """SGLang's ``init_tokenizer_manager`` for our class; ``on_ready`` sees the manager it made."""
-    init = partial(init_tokenizer_manager, TokenizerManagerClass=StatefulTokenizerManager)
-
-    def build(*args: Any, **kwargs: Any) -> Any:
-        manager, templates = init(*args, **kwargs)
-        on_ready(manager)
-        return manager, templates
-
-    return build
 
 
 class SGLangEngine:
@@ -173,6 +84,14 @@ class SGLangEngine:
         self.tokenizer: Any = manager.tokenizer
         self.vocab_size: int = manager.model_config.vocab_size
         self.eos_ids = _end_tokens(manager)
+        options = Options.from_env()
+        self.model_digest = model_digest(
+            manager.model_config,
+            manager.tokenizer,
+            manager.config_value("tokenizer_path"),
+            manager.config_value("revision"),
+            cpu_quant="int8" if options is not None and options.cpu_quant == "int8" else None,
+        )
         self._tool_call_parser: str | None = manager.config_value("tool_call_parser")
         self._compiler: Worker | None = None
         if manager.config_value("grammar_backend") == "xgrammar":
@@ -220,6 +139,14 @@ class SGLangEngine:
         if self._compiler is not None:
             await self._compiler.run(kind, text)
 
+    async def fork_session(self, source_id: str, session_id: str, length: int) -> None:
+        """Let a new session share another's first tokens on every rank."""
+        self._manager.send_session_fork(source_id, session_id, length)
+
+    async def rollback_session(self, session_id: str, length: int) -> None:
+        """Drop the session's tokens beyond a length on every rank."""
+        self._manager.send_session_rollback(session_id, length)
+
     async def close_session(self, session_id: str) -> None:
         """Drop the session on every rank."""
         self._manager.send_session_close(session_id)
@@ -238,8 +165,9 @@ class SGLangEngine:
     async def _pump(
         self, turn: TurnRequest, queue: asyncio.Queue[TurnProgress | EngineError]
     ) -> None:
-        sampling = sampling_params(turn.sampling, turn.constraint)
-        if not turn.stream:
+        generates = turn.kind != "prefill"
+        sampling = sampling_params(turn.sampling, turn.constraint) if generates else dict(_NOTHING)
+        if generates and not turn.stream:
             sampling["stream_interval"] = SPARSE_STREAM_INTERVAL
         request = TurnInput(
             rid=turn.rid,
@@ -248,7 +176,7 @@ class SGLangEngine:
             stream=True,
             turn=TurnOrigin(turn),
         )
-        constrained = turn.constraint is not None
+        constrained = generates and turn.constraint is not None
         output_ids = array("q")
         over = False
         try:
@@ -260,8 +188,13 @@ class SGLangEngine:
                     queue.put_nowait(error)
                     over = True
                 else:
-                    queue.put_nowait(progress)
+                    if generates:
+                        queue.put_nowait(progress)
+                    elif progress.finish is not None:
+                        queue.put_nowait(_prefilled(progress))
                     over = progress.finish is not None
+        except ValueError as error:  # what SGLang says of a request that it can't take
+            queue.put_nowait(EngineError("invalid", str(error)))
         except Exception as error:
             logger.exception("turn %s failed", turn.rid)
             queue.put_nowait(EngineError("broken", f"{type(error).__name__}: {error}"))
@@ -278,6 +211,13 @@ class SGLangEngine:
             if state is not None and state.dispatched:
                 self._manager.abort_request(rid)
             await asyncio.wait({task}, timeout=_DISPATCH_POLL_S)
+
+
+def _prefilled(progress: TurnProgress) -> TurnProgress:
+    """The end of a turn that was not to generate anything, whatever was sampled."""
+    return progress._replace(
+        text="", output_ids=array("q"), finish=Finish("length"), decode_steps=0
+    )
 
 
 def _end_tokens(manager: StatefulTokenizerManager) -> frozenset[int]:

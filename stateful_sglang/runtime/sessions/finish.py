@@ -25,6 +25,13 @@ _REFUSED_CONSTRAINT = re.compile(
 )
 """How SGLang says that it is the constraint that it can't serve, with one status for all."""
 
+_OUT_OF_MEMORY = re.compile(
+    r"Out of memory even after retracting|Retraction host KV pool exhausted"
+    r"|Retracted under decode memory pressure"
+)
+"""How SGLang says that it gave a running request up to have room, with one status for all. What
+could never run, because the pool is too small for its prompt, it calls a bad request."""
+
 
 def finish_of(reason: Mapping[str, Any] | None, *, constrained: bool) -> Finish | None:
     """A report's ``finish_reason``; None while the request runs.
@@ -62,5 +69,7 @@ def ended_badly(
     """
     if constrained and _REFUSED_CONSTRAINT.match(message):
         return EngineError("invalid", message, "constraint")
+    if _OUT_OF_MEMORY.match(message):
+        return EngineError("out_of_memory", message)
     by_status = _KIND_OF_STATUS.get(int(status or 0), "broken")
     return EngineError(_KIND_OF_TYPE.get(str(err_type), by_status), message)

@@ -12,6 +12,7 @@ from typing import Any
 from sglang.srt.managers.io_struct import BaseReq, TokenizedGenerateReqInput
 
 from stateful_sglang.attachments.check import Attachment
+from stateful_sglang.session.rank import RankTurnKind
 
 ATTACHMENTS = (
     Attachment(
@@ -22,7 +23,7 @@ ATTACHMENTS = (
     Attachment(
         "sglang.srt.managers.io_struct.BaseReq",
         "subclass",
-        "control messages: close a session, describe the tree",
+        "control messages: fork, cut or close a session, describe the tree",
     ),
 )
 
@@ -33,6 +34,25 @@ class SessionAppendReq(TokenizedGenerateReqInput, kw_only=True):
     stateful_session: str
     base_len: int
     """Committed transcript length in tokens; a rank drops what it holds beyond it."""
+    kind: RankTurnKind = "turn"
+
+
+class SessionForkReq(BaseReq, kw_only=True):
+    """Start a session with another's first tokens. Not answered: a rank that can't says so at the
+    new session's first turn."""
+
+    source_session: str
+    stateful_session: str
+    length: int
+    """Tokens that both have."""
+
+
+class SessionRollbackReq(BaseReq, kw_only=True):
+    """Drop a session's tokens beyond a length. Not answered."""
+
+    stateful_session: str
+    length: int
+    """Tokens that stay."""
 
 
 class SessionCloseReq(BaseReq, kw_only=True):

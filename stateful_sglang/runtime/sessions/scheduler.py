@@ -19,11 +19,19 @@ from stateful_sglang.attachments.check import Attachment
 from stateful_sglang.runtime.sessions.requests import (
     SessionAppendReq,
     SessionCloseReq,
+    SessionForkReq,
+    SessionRollbackReq,
     TreeSummaryReq,
     TreeSummaryReqOutput,
 )
-from stateful_sglang.runtime.tree.cache import ended_well, logits_broke
-from stateful_sglang.session.rank import RankSessions, RankTurn, TurnRefusedError
+from stateful_sglang.runtime.tree.ends import ended_well, logits_broke
+from stateful_sglang.session.ids import digest
+from stateful_sglang.session.rank import (
+    RankSessions,
+    RankTurn,
+    StaleBaseError,
+    TurnRefusedError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +41,7 @@ ATTACHMENTS = (
     Attachment(
         f"{_SCHEDULER}.Scheduler.init_request_dispatcher",
         "hook",
-        "append, close and tree requests reach the rank's sessions",
+        "append, fork, rollback, close and tree requests reach the rank's sessions",
     ),
     Attachment(
         f"{_SCHEDULER}.Scheduler.handle_generate_request",
@@ -90,12 +98,39 @@ class SchedulerSessions:
         assert request.input_ids is not None
         try:
             request.input_ids = self.ranks.begin_turn(
-                request.stateful_session, request.rid, request.base_len, request.input_ids
+                request.stateful_session,
+                request.rid,
+                request.base_len,
+                request.input_ids,
+                request.kind,
             )
         except TurnRefusedError as error:
             self._reject(request, error)
             return
         self._scheduler.handle_generate_request(request)
+
+    def fork(self, request: SessionForkReq) -> None:
+        """Let a new session share another's first tokens, and their KV as far as it's there."""
+        source_id, session_id, length = (
+            request.source_session,
+            request.stateful_session,
+            request.length,
+        )
+        try:
+            self.ranks.fork(source_id, session_id, length)
+        except (StaleBaseError, ValueError) as error:
+            # Said at the new session's first turn, where somebody hears it.
+            logger.debug("session %s was not forked: %s", digest(session_id), error)
+            return
+        self._tree.fork_session(source_id, session_id, length)
+
+    def roll_back(self, request: SessionRollbackReq) -> None:
+        """Drop the session's tokens beyond a length; their KV and drafts are superseded."""
+        session_id, length = request.stateful_session, request.length
+        self.ranks.rollback(session_id, length)
+        self._tree.truncate_session(session_id, length)
+        if self._indexes is not None:
+            self._indexes.truncate(session_id, length)
 
     def close(self, request: SessionCloseReq) -> None:
         """Forget the session's tokens, its place in the tree and its draft index."""
@@ -116,15 +151,16 @@ class SchedulerSessions:
         return TreeSummaryReqOutput(rid=request.rid, summary=summary)
 
     def end(self, req: Req) -> RankTurn | None:
-        """End the request's turn: keep its output unless it was aborted."""
-        if self.ranks.turn_of(req.rid) is None:
+        """End the request's turn: keep what its kind keeps, unless it was aborted."""
+        turn = self.ranks.turn_of(req.rid)
+        if turn is None:
             return None
         output = delivered_output(req) if ended_well(req) else None
-        turn = self.ranks.finish_turn(req.rid, output)
-        if turn is not None and turn.session_id not in self.ranks:
-            # Closed while the turn ran, which has put it back into the tree since.
-            self._tree.release_session_leaf(turn.session_id)
-        return turn
+        if output is None or turn.kind == "ephemeral":
+            self._tree.bury_turn(req)
+        if turn.kind == "ephemeral" and self._indexes is not None:
+            self._indexes.forget(req.rid)
+        return self.ranks.finish_turn(req.rid, output)
 
     def tell_failure(self, req: Req) -> None:
         """Make logits that were not numbers, which SGLang calls a stop, an error of the turn."""
@@ -174,6 +210,8 @@ def _add_requests(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) ->
     scheduler._request_dispatcher += TypeBasedDispatcher(
         [
             (SessionAppendReq, sessions.append),
+            (SessionForkReq, sessions.fork),
+            (SessionRollbackReq, sessions.roll_back),
             (SessionCloseReq, sessions.close),
             (TreeSummaryReq, sessions.summarise),
         ]

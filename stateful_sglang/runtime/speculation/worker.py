@@ -190,7 +190,7 @@ class PromptLookupWorker(BaseSpecWorker):
         positions = self.model_runner.model_config.context_len - 1 - committed
         room = min(wanted, positions, self._width - 1)
         drafter = self.indexes.drafter(req.rid, req.origin_input_ids, req.output_ids)
-        return drafter.draft(room)
+        return [] if drafter is None else drafter.draft(room)
 
     def _decode(self, batch: ScheduleBatch) -> GenerationBatchResult:
         """SGLang's own decode of one token a request."""

@@ -9,19 +9,15 @@ order of eviction and never lock anything: admission and SGLang's leak check see
 from __future__ import annotations
 
 import dataclasses
-import heapq
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_MATCHED_STR
 from sglang.srt.mem_cache.base_prefix_cache import (
     MatchPrefixParams,
     MatchResult,
 )
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.registry import (
     TreeCacheBuildContext,
     create_unified_radix_cache,
@@ -38,19 +34,21 @@ from stateful_sglang.attachments.check import Attachment
 from stateful_sglang.prefix import policies
 from stateful_sglang.prefix.pins import pin_budget_tokens
 from stateful_sglang.runtime.tree import core as component
+from stateful_sglang.runtime.tree import describe, ends
 from stateful_sglang.runtime.tree.core import CardinalFullComponent, CardinalTreeCore
+from stateful_sglang.runtime.tree.describe import SUMMARY_NODES, NodeInfo
+from stateful_sglang.runtime.tree.ends import ended_well
+from stateful_sglang.runtime.tree.leaves import Leaves, Turn
 
-SUMMARY_NODES = 2000
-"""Most nodes that one description of the tree looks at: some two milliseconds of Python."""
 BACKEND = "cardinal"
 """Name under which the tree and its core are registered with SGLang."""
 
-_NAN_MARK = "NaN happened"
 _CACHE = "sglang.srt.mem_cache"
 _TREE = f"{_CACHE}.unified_radix_cache.UnifiedRadixCache"
 _REQ = "sglang.srt.managers.schedule_batch.Req"
 ATTACHMENTS = (
     *component.ATTACHMENTS,
+    *ends.ATTACHMENTS,
     Attachment(
         f"{_CACHE}.registry.register_radix_cache_backend",
         "registry",
@@ -127,16 +125,6 @@ ATTACHMENTS = (
         "relies",
         "where a committed turn's output ends",
     ),
-    Attachment(
-        f"{_REQ}._check_vocab_boundary_finish",
-        "relies",
-        "NaN logits finish as a matched string, which we don't commit",
-    ),
-    Attachment(
-        f"{_REQ}._check_str_based_finish",
-        "relies",
-        "a stop string that matched is the request's own object, which NaN logits' is not",
-    ),
     Attachment(f"{_TREE}.sanity_check", "relies", "SGLang's own part of the integrity check"),
     Attachment(f"{_TREE}._evict_components", "relies", "drives our component's eviction walk"),
     Attachment(f"{_TREE}._reset_full", "relies", "a flush resets the components' session state"),
@@ -156,16 +144,6 @@ ATTACHMENTS = (
         "what our tree is built from",
     ),
     Attachment(
-        "sglang.srt.managers.schedule_batch.FINISH_ABORT",
-        "relies",
-        "how a request says that it was given up",
-    ),
-    Attachment(
-        "sglang.srt.managers.schedule_batch.FINISH_MATCHED_STR",
-        "relies",
-        "how a request says which string ended it",
-    ),
-    Attachment(
         "sglang.srt.mem_cache.unified_cache.tree_core_registry.registered_tree_core_backends",
         "registry",
         "our tree core is registered once a process",
@@ -175,29 +153,6 @@ ATTACHMENTS = (
 
 class TreeIntegrityError(AssertionError):
     """The tree's own accounts disagree with a recount."""
-
-
-class Turn(Protocol):
-    """A session's turn in flight, as the scheduler's sessions know it."""
-
-    @property
-    def session_id(self) -> str: ...
-
-    @property
-    def base_len(self) -> int: ...
-
-
-class NodeInfo(NamedTuple):
-    """One tree node, without its contents."""
-
-    id: int
-    tokens: int
-    depth: int
-    """Tokens from the root to the node's end."""
-    cardinality: int
-    pinned: bool
-    locks: int
-    """Running requests that hold the node's KV."""
 
 
 class CardinalPrefixTree(UnifiedRadixCache):
@@ -239,13 +194,14 @@ class CardinalPrefixTree(UnifiedRadixCache):
         budget = pin_budget_tokens(pin_budget, self.token_to_kv_pool_allocator.size_full)
         self._paths.budget = budget if policy.keeps_pins else 0
         self._eviction_policy = eviction_policy
+        self._leaves = Leaves(self.tree_core, self._full, self.page_size, self._apply_cache_actions)
         self._turn_of: Callable[[str], Turn | None] = lambda rid: None
 
     def bind_sessions(self, turn_of: Callable[[str], Turn | None]) -> None:
         """Tell the tree where to ask for the turn of a request.
 
         ``turn_of`` must answer until the finished request was released, and with None for requests
-        without a session and for those whose session was closed.
+        without a session.
         """
         self._turn_of = turn_of
 
@@ -254,102 +210,72 @@ class CardinalPrefixTree(UnifiedRadixCache):
         self._paths.release(session_id)
 
     def truncate_session(self, session_id: str, length: int) -> None:
-        """Move a session's leaf back to ``length`` tokens if it lies beyond; KV stays."""
-        leaf = self._paths.leaves.get(session_id)
-        end = self._key_length(length)
-        if leaf is None or leaf.end <= end:
-            return
-        node, start = leaf.node, leaf.end - len(leaf.node.key)
-        while start >= end and node.parent is not None:
-            node = node.parent
-            start -= len(node.key)
-        if node.parent is None:
-            self._paths.move(session_id, None, 0)
-        else:
-            if start + len(node.key) > end:
-                node, actions = self.tree_core.split(node, end - start)
-                self._apply_cache_actions(actions)
-            self._paths.move(session_id, node, end)
-        self._paths.fill_pins()
+        """Move a session's leaf back to ``length`` tokens if it lies beyond; the tail is dead."""
+        self._leaves.truncate(session_id, length)
+
+    def fork_session(self, source_id: str, session_id: str, length: int) -> None:
+        """Let a new session share the KV of another's first ``length`` tokens, as far as it's
+        there. Nothing is computed or copied."""
+        self._leaves.fork(source_id, session_id, length)
+
+    def bury_turn(self, req: Any) -> None:
+        """A turn ended badly, whatever SGLang said of it at its release: what it left is dead."""
+        self._leaves.bury(req)
 
     # ---- SGLang's side of a request's life ----
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """Match as SGLang does; a turn's session ends at the turn's base from here on."""
-        if params.req is not None and (turn := self._turn_of(params.req.rid)) is not None:
-            self.truncate_session(turn.session_id, turn.base_len)
-        return super().match_prefix(params)
+        turn = self._turn_of(params.req.rid) if params.req is not None else None
+        if turn is None:
+            return super().match_prefix(params)
+        if turn.kind != "ephemeral":
+            self._leaves.truncate(turn.session_id, turn.base_len)
+        result = super().match_prefix(params)
+        self._leaves.note_found(params.req, result.device_prefix_len)
+        return result
 
     def checkpoint_into_tree(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
         """Insert what a request computed, as SGLang does, and count its session.
 
         After a prefill, a base that had to be recomputed counts again. A turn that ended well moves
-        its session's leaf to where the insert ended; one that ended badly inserts nothing: what its
-        prefill left stays, uncounted.
+        its session's leaf to where the insert ended; one that ended badly, or is ephemeral, inserts
+        nothing: what its prefill left stays, uncounted.
         """
         turn = self._turn_of(req.rid)
         if turn is None or self.disable:
             super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
         elif not req.finished():
             super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
-            self._reclaim_base(req, turn)
-        elif ended_well(req):
+            if turn.kind != "ephemeral":
+                self._leaves.reclaim_base(turn, req)
+        elif _is_kept(turn, req):
             super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
-            if end := req.kv.cache_protected_len:
-                leaf = self.tree_core.node_by_id(req.last_node)
-                self._paths.commit(turn.session_id, leaf, end)
+            self._leaves.commit(turn, req)
         else:
             for each in self._components_tuple:
                 each.cleanup_after_caching_req(req, is_finished=True)
 
     def on_release(self, req: Any, *, checkpointed: bool) -> None:
-        """Settle a released request; what a failed turn left in the tree is dead at once."""
+        """Settle a released request; what a turn that isn't kept left in the tree is dead."""
         super().on_release(req, checkpointed=checkpointed)
-        if self._turn_of(req.rid) is None or req.finished_reason is None or ended_well(req):
+        turn = self._turn_of(req.rid)
+        if turn is None:
             return
-        node = self.tree_core.find(req.last_node) if req.last_node is not None else None
-        while node is not None and node.parent is not None:
-            if node.cardinality or len(node.children) > 1 or _locks(node):
-                break
-            node.died_at = node.last_access_time
-            self._full.offer(node)
-            node = node.parent
-
-    def _reclaim_base(self, req: Any, turn: Turn) -> None:
-        leaf = self._paths.leaves.get(turn.session_id)
-        held = leaf.end if leaf else 0
-        # The last sampled token's KV is computed with the next turn: a page less is the rule.
-        if self._key_length(turn.base_len) - held <= self.page_size:
-            return
-        if len(req.origin_input_ids) <= turn.base_len:
-            return
-        key = RadixKey(
-            req.origin_input_ids[: turn.base_len],
-            req.extra_key,
-            is_bigram=self.tree_core.is_eagle,
-            cache_salt=req.cache_salt,
-        )
-        match = self.tree_core.match_prefix(MatchPrefixParams(key=key))
-        self._apply_cache_actions(match.cache_actions)
-        node = self.tree_core.node_by_id(match.best_match_node)
-        end = node.depth
-        if end > held:
-            self._paths.commit(turn.session_id, node, end)
-
-    def _key_length(self, tokens: int) -> int:
-        """Length of the tree key that stands for so many tokens."""
-        units = max(0, tokens - 1) if self.tree_core.is_eagle else tokens
-        return units // self.page_size * self.page_size
+        if req.finished_reason is None:
+            self._leaves.note_retracted(req)
+        elif not _is_kept(turn, req):
+            self._leaves.bury(req)
 
     # ---- What can be seen from outside ----
 
     def summary(self, limit: int) -> dict[str, Any]:
         """Describe the tree, and its ``limit`` nodes with most sessions; never token contents.
 
-        Looks at no more than :data:`SUMMARY_NODES` nodes, whatever the tree holds, because nothing
-        decodes meanwhile; ``truncated`` says that there were more to choose from.
+        Looks at no more than :data:`~describe.SUMMARY_NODES` nodes, whatever the tree holds,
+        because nothing decodes meanwhile; ``truncated`` says that there were more to choose from.
         """
-        top, truncated = self._top(limit)
+        top, truncated = describe.top(self.tree_core, limit)
         return {
             "nodes": self.tree_core.node_count,
             "tokens": self.evictable_size() + self.protected_size(),
@@ -371,39 +297,7 @@ class CardinalPrefixTree(UnifiedRadixCache):
     def session_path(self, session_id: str, limit: int = SUMMARY_NODES) -> list[NodeInfo]:
         """A session's last ``limit`` nodes, from the root down; empty if none of its KV is here."""
         leaf = self._paths.leaves.get(session_id)
-        depth = leaf.end if leaf else 0
-        infos: list[NodeInfo] = []
-        for node in islice(self._paths.path(session_id), limit):
-            infos.append(_info(node, depth))
-            depth -= len(node.key)
-        return infos[::-1]
-
-    def _top(self, limit: int) -> tuple[list[NodeInfo], bool]:
-        """The nodes with most sessions, and whether the search was cut short.
-
-        A node has at most its parent's sessions, so that the best nodes are found from the root
-        down, best first.
-        """
-        top: list[NodeInfo] = []
-        seen = 0
-        frontier: list[tuple[int, int, int, int, Any]] = []
-
-        def look_at(parent: Any, depth: int) -> None:
-            nonlocal seen
-            for node in islice(parent.children.values(), SUMMARY_NODES - seen):
-                seen += 1
-                tokens = len(node.key)
-                heapq.heappush(
-                    frontier, (-node.cardinality, -tokens, node.id, depth + tokens, node)
-                )
-
-        look_at(self.tree_core.root_node, 0)
-        while frontier and len(top) < limit:
-            *_, depth, node = heapq.heappop(frontier)
-            top.append(_info(node, depth))
-            look_at(node, depth)
-        cut = seen >= SUMMARY_NODES and self.tree_core.node_count > seen
-        return top, cut
+        return describe.upwards(self._paths.path(session_id), leaf.end if leaf else 0, limit)
 
     def check_integrity(self) -> None:
         """Recount everything: sessions, pins, the eviction queue, and SGLang's own accounts.
@@ -466,28 +360,6 @@ def _create(
     return create_unified_radix_cache(ctx, cache_class=build)
 
 
-def ended_well(req: Any) -> bool:
-    """Whether a finished request's output becomes part of its session's transcript."""
-    reason = req.finished_reason
-    return reason is not None and not isinstance(reason, FINISH_ABORT) and not logits_broke(req)
-
-
-def logits_broke(req: Any) -> bool:
-    """Whether a request finished because its logits were not numbers.
-
-    SGLang reports that as a matched stop string, "NaN happened", which a client may ask for too.
-    They are told apart by identity: a stop string that really matched is one of the request's own
-    objects, and no client can make an object of its request be a constant of SGLang's code.
-    """
-    reason = req.finished_reason
-    if not isinstance(reason, FINISH_MATCHED_STR) or reason.matched != _NAN_MARK:
-        return False
-    return not any(reason.matched is stop for stop in req.sampling_params.stop_strs or ())
-
-
-def _locks(node: Any) -> int:
-    return node.component_data[BASE_COMPONENT_TYPE].lock_ref
-
-
-def _info(node: Any, depth: int) -> NodeInfo:
-    return NodeInfo(node.id, len(node.key), depth, node.cardinality, node.pins > 0, _locks(node))
+def _is_kept(turn: Turn, req: Any) -> bool:
+    """Whether what a finished turn computed is its session's from now on."""
+    return turn.kind != "ephemeral" and ended_well(req)

@@ -111,6 +111,16 @@ class CardinalNode(UnifiedTreeNode):
         return depth
 
     @property
+    def has_died(self) -> bool:
+        """Whether it was dead once; who used it since may have brought it back."""
+        return self.died_at != _NEVER
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether no session has it, and nobody used it since it died."""
+        return not self.cardinality and self.died_at >= self.last_access_time
+
+    @property
     def facts(self) -> NodeFacts:
         """What the order of eviction may depend on, as it is now."""
         return NodeFacts(

@@ -1,0 +1,351 @@
+"""The journal's file: whose it is, who holds it, what is left of what was erased, damage."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from journal_rig import TENANT, answer, opened, prepared, record_of, run, turn, user
+
+from stateful_sglang.session.journal import changes, files, schema
+from stateful_sglang.session.journal.base import JournalError, SessionQuery
+from stateful_sglang.session.journal.sqlite import SqliteJournal
+from stateful_sglang.session.records import KeyedResult, SessionOptions
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from stateful_sglang.session.journal.sqlite import SqliteJournal
+journal = SqliteJournal.connect(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+async def nothing(journal: SqliteJournal) -> None:
+    """Open and close."""
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> Path:
+    """A journal of three sessions of ten turns, with a fork."""
+    path = tmp_path / "folder" / "journal.sqlite3"
+
+    async def fill(journal: SqliteJournal) -> None:
+        for name in ("a", "b", "c"):
+            history = await opened(journal, name)
+            for number in range(10):
+                await turn(journal, history, name, f"{name}{number} " + os.urandom(500).hex(), 500)
+        fork = history.fork("d", 4)
+        await journal.open(record_of(fork, "d"), fork)
+
+    run(path, fill)
+    return path
+
+
+def test_its_files_are_for_their_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "j"
+    before = os.umask(0)
+    try:
+
+        async def look(journal: SqliteJournal) -> None:
+            await opened(journal, "a")
+            found = {file.name: file.stat().st_mode & 0o777 for file in path.parent.iterdir()}
+            assert found == dict.fromkeys(("j", "j-wal", "j-shm", "j.lock"), 0o600)
+            assert path.parent.stat().st_mode & 0o777 == 0o700
+
+        run(path, look)
+    finally:
+        os.umask(before)
+
+
+def test_a_file_that_others_could_read_is_closed_to_them(filled: Path) -> None:
+    filled.chmod(0o644)
+    run(filled, nothing)
+    assert filled.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_second_holder_is_refused_with_the_firsts_name_until_it_is_killed(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    first = subprocess.Popen([sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(JournalError, match=rf"process {first.pid}, since \d{{4}}-.*--journal PATH"):
+        SqliteJournal.connect(path)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    run(path, nothing)
+
+
+def test_one_process_holds_it_once(tmp_path: Path) -> None:
+    async def again(journal: SqliteJournal) -> None:
+        with pytest.raises(JournalError, match=f"process {os.getpid()}"):
+            SqliteJournal.connect(tmp_path / "j")
+
+    run(tmp_path / "j", again)
+    run(tmp_path / "j", nothing)
+
+
+def test_a_closed_journal_takes_nothing_and_closes_again(tmp_path: Path) -> None:
+    async def use(journal: SqliteJournal) -> None:
+        await journal.close()
+        with pytest.raises(JournalError, match="closed"):
+            await opened(journal, "a")
+        with pytest.raises(JournalError, match="closed"):
+            await journal.load("a")
+
+    run(tmp_path / "j", use)
+
+
+def test_what_was_erased_is_in_no_file_and_what_a_fork_needs_is(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    secrets = {name: f"secret-{name}-" + os.urandom(20).hex() for name in ("kept", "gone", "meta")}
+
+    def found(text: str) -> bool:
+        return any(text.encode() in file.read_bytes() for file in tmp_path.iterdir())
+
+    async def use(journal: SqliteJournal) -> None:
+        options = SessionOptions(metadata={"about": secrets["meta"]})
+        history = await opened(journal, "a", options=options)
+        for text in (secrets["kept"], secrets["gone"]):
+            commit = prepared(history, range(9), [user(text)])
+            kept = KeyedResult(TENANT, "a", text[:9], "d", {"text": text[:60]}, 1e12)
+            record = record_of(history, "a", commit, options=options)
+            await journal.append(record, commit, kept)
+            history.publish(commit)
+        long = prepared(history, range(90), [answer(secrets["gone"] + os.urandom(30_000).hex())])
+        await journal.append(record_of(history, "a", long, options=options), long)
+        fork = history.fork("b", 1)
+        await journal.open(record_of(fork, "b"), fork)
+        for number in range(20):
+            await turn(journal, fork, "b", f"more {number}")
+        (blob,) = await journal._read(
+            lambda db: db.execute("SELECT messages FROM commits WHERE version = 3").fetchone()
+        )
+        part = blob[20_000:20_100]  # compressed, so looked for as it lies there
+        assert all(found(secret) for secret in secrets.values())
+        assert any(part in file.read_bytes() for file in tmp_path.iterdir())
+        await journal.end("a", "closed", erase=True)
+        assert found(secrets["kept"])
+        assert not found(secrets["gone"])
+        assert not found(secrets["meta"])
+        assert not any(part in file.read_bytes() for file in tmp_path.iterdir())
+        assert (await journal.load("b")).messages(1)[-1].content == secrets["kept"]
+        await journal.end("b", "closed")
+        await journal.end("a", "closed", erase=True)
+        assert not found(secrets["kept"])
+
+    run(path, use)
+
+
+def test_closing_without_erasing_gives_the_room_to_others(tmp_path: Path) -> None:
+    async def use(journal: SqliteJournal) -> None:
+        sizes = []
+        for number in range(6):
+            history = await opened(journal, f"s{number}")
+            await turn(journal, history, f"s{number}", os.urandom(200_000).hex())
+            await journal.end(f"s{number}", "closed")
+            sizes.append(journal._writer.counters.bytes)
+        assert max(sizes[1:]) < 1.1 * sizes[0]
+
+    run(tmp_path / "j", use)
+
+
+def test_beyond_its_bound_sessions_are_refused_that_make_it_grow_until_one_is_closed(
+    tmp_path: Path,
+) -> None:
+    path, bound = tmp_path / "j", 2_000_000
+
+    async def use(journal: SqliteJournal) -> None:
+        first = await opened(journal, "first")
+        await turn(journal, first, "first", os.urandom(200_000).hex())
+        history = await opened(journal, "a")
+
+        async def grow() -> None:
+            for _ in range(100):
+                await turn(journal, history, "a", os.urandom(50_000).hex())
+
+        with pytest.raises(JournalError, match="close sessions, or give it more") as caught:
+            await grow()
+        assert caught.value.full
+        assert "as large as it may be" in (journal.stats().broken or "")
+        assert history.newest > 3
+        assert files.bytes_of(path) <= bound
+        await journal.update(record_of(history, "a", used_at=5.0))
+        assert (await journal.load("a")).tip.version == history.newest
+        await journal.end("first", "closed")
+        await turn(journal, history, "a", os.urandom(50_000).hex())
+        assert journal.stats().broken is None
+
+    run(path, use, max_bytes=bound)
+
+
+def test_room_is_made_of_what_is_over_before_anything_is_refused(tmp_path: Path) -> None:
+    now = 1e6
+
+    async def use(journal: SqliteJournal) -> None:
+        nonlocal now
+        for number in range(12):
+            await journal.keep(
+                KeyedResult(TENANT, "", f"k{number}", "d", {"t": os.urandom(50_000).hex()}, now)
+            )
+        now += 24 * 3600 + 1
+        history = await opened(journal, "a")
+        for _ in range(12):
+            await turn(journal, history, "a", os.urandom(20_000).hex())
+
+    run(tmp_path / "j", use, max_bytes=1_500_000, clock=lambda: now)
+
+
+def test_records_of_ended_sessions_are_forgotten_after_a_month(tmp_path: Path) -> None:
+    now = 1000.0
+
+    async def use(journal: SqliteJournal) -> None:
+        await opened(journal, "a")
+        await opened(journal, "b")
+        await journal.end("a", "expired")
+        db = journal._writer._db
+        changes.purge(db, now + changes.TOMBSTONES_KEPT_S - 1)
+        assert (await journal.record("a")).state == "expired"
+        changes.purge(db, now + changes.TOMBSTONES_KEPT_S)
+        assert await journal.record("a") is None
+        assert (await journal.record("b")).state == "open"
+
+    run(tmp_path / "j", use, clock=lambda: now)
+
+
+def test_a_file_of_a_later_release_is_refused_and_left_alone(filled: Path) -> None:
+    db = sqlite3.connect(filled)
+    db.execute("PRAGMA user_version = 999")
+    db.close()
+    before = filled.read_bytes()
+    with pytest.raises(JournalError, match=r"schema version 999 and this release knows \d"):
+        SqliteJournal.connect(filled)
+    assert filled.read_bytes() == before
+
+
+def test_an_older_file_is_brought_up_to_date_step_by_step_or_not_at_all(tmp_path: Path) -> None:
+    steps = [
+        ("CREATE TABLE t (x)", "INSERT INTO t VALUES (1)"),
+        ("ALTER TABLE t ADD COLUMN y", "UPDATE t SET y = x + 1"),
+        ("CREATE INDEX t_y ON t (y)",),
+    ]
+    db = sqlite3.connect(tmp_path / "j", isolation_level=None)
+    schema.migrate(db, steps[:1])
+    broken = [*steps[:2], ("INSERT INTO t VALUES (5, 6)", "INSERT INTO missing VALUES (1)")]
+    with pytest.raises(sqlite3.OperationalError, match="missing"):
+        schema.migrate(db, broken)
+    assert schema.version_of(db) == 2
+    assert db.execute("SELECT * FROM t").fetchall() == [(1, 2)]
+    schema.migrate(db, steps)
+    schema.migrate(db, steps)
+    assert schema.version_of(db) == 3
+    with pytest.raises(schema.NewerSchemaError):
+        schema.migrate(db, steps[:2])
+    db.close()
+
+
+def test_another_programs_database_is_refused(tmp_path: Path) -> None:
+    db = sqlite3.connect(tmp_path / "j")
+    db.execute("CREATE TABLE mine (x)")
+    db.close()
+    with pytest.raises(JournalError, match="another program"):
+        SqliteJournal.connect(tmp_path / "j")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda data: b"no database at all".ljust(len(data)),
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:100] + b"\xff" * 8000 + data[8100:],
+    ],
+    ids=["another file", "cut off", "overwritten"],
+)
+def test_a_damaged_file_is_refused_with_its_name_and_what_to_run(filled: Path, harm) -> None:
+    filled.write_bytes(harm(filled.read_bytes()))
+    expected = re.escape(str(filled)) + ".*stateful-sglang journal check"
+    with pytest.raises(JournalError, match=expected):
+        SqliteJournal.connect(filled)
+    filled.unlink()
+    run(filled, nothing)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE commits SET messages = x'00ff' WHERE owner = 'a' AND version = 5",
+        "UPDATE commits SET tokens = x'0178' WHERE owner = 'a' AND version = 5",
+        "UPDATE commits SET tokens = x'05' WHERE owner = 'a' AND version = 5",
+        "UPDATE commits SET base_len = 1000000 WHERE owner = 'a' AND version = 5",
+        "DELETE FROM commits WHERE owner = 'a' AND version = 5",
+        "UPDATE sessions SET version = 77 WHERE id = 'a'",
+    ],
+)
+def test_a_damaged_session_is_an_error_of_its_own(filled: Path, statement: str) -> None:
+    db = sqlite3.connect(filled)
+    assert db.execute(statement).rowcount == 1
+    db.commit()
+    db.close()
+
+    async def use(journal: SqliteJournal) -> None:
+        with pytest.raises(JournalError, match=r"is damaged: .*journal check"):
+            await journal.load("a")
+        for name in ("b", "c", "d"):
+            history = await journal.load(name)
+            await turn(journal, history, name, "goes on")
+        assert (await journal.list(SessionQuery(TENANT))).total == 4
+
+    run(filled, use)
+
+
+def test_a_page_that_went_bad_fails_what_lies_on_it_alone(filled: Path) -> None:
+    db = sqlite3.connect(filled)
+    (size,) = db.execute("PRAGMA page_size").fetchone()
+    try:
+        (page,) = db.execute(
+            "SELECT pageno FROM dbstat WHERE name = 'commits' AND pagetype = 'leaf'"
+            " ORDER BY path LIMIT 1"
+        ).fetchone()
+    except sqlite3.OperationalError:
+        pytest.skip("this SQLite tells nothing of its pages: built without dbstat")
+    db.close()
+    data = bytearray(filled.read_bytes())
+    data[(page - 1) * size : page * size] = b"\xee" * size
+    filled.write_bytes(data)
+
+    async def use(journal: SqliteJournal) -> None:
+        with pytest.raises(JournalError, match="is damaged"):
+            await journal.load("a")
+        assert (await journal.load("c")).tip.version == 10
+        await opened(journal, "new")
+
+    run(filled, use)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JournalError, match=r"cannot be opened.*--journal off"):
+        SqliteJournal.connect(tmp_path / "file" / "j")
+
+
+def test_a_new_file_is_in_wal_mode_and_can_be_shrunk_while_it_is_used(filled: Path) -> None:
+    db = sqlite3.connect(filled)
+    assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert db.execute("PRAGMA auto_vacuum").fetchone() == (2,)
+    assert db.execute("PRAGMA application_id").fetchone() == (schema.APPLICATION_ID,)
+    db.close()
+
+
+@pytest.mark.parametrize(("sync", "level"), [("full", 2), ("normal", 1)])
+def test_how_hard_it_syncs_is_as_it_was_told(tmp_path: Path, sync, level: int) -> None:
+    async def use(journal: SqliteJournal) -> None:
+        assert journal._writer._db.execute("PRAGMA synchronous").fetchone() == (level,)
+
+    run(tmp_path / "j", use, sync=sync)
