@@ -204,12 +204,23 @@ WHOLE = "whole"
 """Name of the only event of an answer that is not streamed."""
 
 
-class _Asked(NamedTuple):
+class Asked(NamedTuple):
+    """A request as its client saw it."""
+
     events: list[tuple[str, Any]]
     """Name (may be empty) and parsed data."""
     ttft_ms: float
     total_ms: float
     sent_bytes: int
+
+
+def timed_request(client: httpx.Client, path: str, body: Mapping[str, Any]) -> Asked:
+    """A turn of a session as a stream; the last event has its result, or what became of it.
+
+    Raises:
+        RuntimeError: The server refused.
+    """
+    return _ask(client, path, body, True, lambda name, _: name == "delta")
 
 
 def _ask(
@@ -218,7 +229,7 @@ def _ask(
     body: Mapping[str, Any],
     stream: bool,
     is_text: Callable[[str, Any], bool],
-) -> _Asked:
+) -> Asked:
     began = time.perf_counter()
     first = None
     events: list[tuple[str, Any]] = []
@@ -235,7 +246,7 @@ def _ask(
                     first = time.perf_counter()
                 events.append(event)
     end = time.perf_counter()
-    return _Asked(events, 1e3 * ((first or end) - began), 1e3 * (end - began), sent)
+    return Asked(events, 1e3 * ((first or end) - began), 1e3 * (end - began), sent)
 
 
 def _events(lines: Iterable[str]) -> Iterator[tuple[str, Any]]:

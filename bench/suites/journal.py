@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Annotated, get_args
 
-import numpy as np
 import typer
 
 from bench import corpus
@@ -23,6 +22,7 @@ from bench.engines.recorder import Sync, write
 from bench.harness.figures import Figure, report
 from bench.harness.options import Json
 from bench.harness.rounds import say
+from bench.harness.spread import milliseconds
 
 WRITERS = (1, 8, 64)
 TEXTS, CHARACTERS = 12, 1600
@@ -51,7 +51,7 @@ def main(
                     sync=sync,
                 )
                 name = f"{sync}_{writers}"
-                figures |= spread(f"{name}_ms", done.latencies)
+                figures |= milliseconds(f"{name}_ms", done.latencies)
                 figures[f"{name}_turns_a_transaction"] = round(
                     (len(done.latencies) + writers) / done.transactions, 2
                 )
@@ -60,7 +60,7 @@ def main(
         figures["tokens_a_turn"] = round(done.tokens / len(done.latencies), 1)
         figures["load_ms"] = round(done.load_s * 1e3, 3)
         syncs += plain_syncs(Path(place))
-    report({**spread("one_sync_ms", syncs), **figures}, json)
+    report({**milliseconds("one_sync_ms", syncs), **figures}, json)
 
 
 def plain_syncs(folder: Path) -> list[float]:
@@ -73,10 +73,3 @@ def plain_syncs(folder: Path) -> list[float]:
             os.fdatasync(file.fileno())
             taken.append(time.perf_counter() - began)
     return taken
-
-
-def spread(name: str, seconds: list[float]) -> dict[str, Figure]:
-    """Median and 99th percentile in milliseconds."""
-    return {
-        f"{name}_p{part}": round(float(np.percentile(seconds, part)) * 1e3, 3) for part in (50, 99)
-    }
