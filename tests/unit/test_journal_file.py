@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from journal_rig import TENANT, answer, opened, prepared, record_of, run, turn, user
 
-from stateful_sglang.session.journal import changes, files, schema
+from stateful_sglang.session.journal import changes, files, reading, schema
 from stateful_sglang.session.journal.base import JournalError, SessionQuery
 from stateful_sglang.session.journal.sqlite import SqliteJournal
 from stateful_sglang.session.records import KeyedResult, SessionOptions
@@ -349,3 +350,66 @@ def test_how_hard_it_syncs_is_as_it_was_told(tmp_path: Path, sync, level: int) -
         assert journal._writer._db.execute("PRAGMA synchronous").fetchone() == (level,)
 
     run(tmp_path / "j", use, sync=sync)
+
+
+def test_what_a_tenant_has_open_is_counted_as_it_changes_and_in_files_of_older_releases(
+    tmp_path: Path,
+) -> None:
+    async def use(journal: SqliteJournal) -> list[tuple[int, int]]:
+        seen = []
+        for session_id, tenant in (("a", "one"), ("b", "one"), ("c", "two")):
+            history = await opened(journal, session_id, tenant=tenant)
+            commit = prepared(history, range(10), [user("hello")])
+            await journal.append(record_of(history, session_id, commit, tenant=tenant), commit)
+            history.publish(commit)
+        seen.append(await journal.totals("one"))
+        back = record_of(history, "c", history.at(0), tenant="two")
+        await journal.update(back)
+        await journal.end("b", "closed")
+        await journal.end("b", "closed")
+        seen += [await journal.totals("one"), await journal.totals("two")]
+        seen.append(await journal.totals("nobody"))
+        return seen
+
+    path = tmp_path / "j"
+    assert run(path, use) == [(2, 20), (1, 10), (1, 0), (0, 0)]
+
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        undo_totals(db)
+
+    async def look(journal: SqliteJournal) -> tuple[object, object, int]:
+        stats = journal.stats()
+        return await journal.totals("one"), await journal.totals("two"), stats.sessions
+
+    assert run(path, look) == ((1, 10), (1, 0), 2)
+
+
+@pytest.mark.parametrize("query", ["open_count", "totals", "idle"])
+def test_what_is_asked_with_every_turn_looks_at_no_session_that_it_is_not_about(
+    filled: Path, query: str
+) -> None:
+    asked = {
+        "open_count": lambda db: reading.open_count(db),
+        "totals": lambda db: reading.totals(db, "default"),
+        "idle": lambda db: reading.idle(db, 5.0, 3.0, 10),
+    }[query]
+    with contextlib.closing(sqlite3.connect(filled)) as db:
+        statements: list[str] = []
+        db.set_trace_callback(statements.append)
+        asked(db)
+        db.set_trace_callback(None)
+        plan = [row[-1] for row in db.execute(f"EXPLAIN QUERY PLAN {statements[0]}")]
+    assert plan
+    assert not [step for step in plan if step.startswith("SCAN sessions")], plan
+
+
+def undo_totals(db: sqlite3.Connection) -> None:
+    """Make a file what the release before the table of totals left."""
+    for trigger in ("session_opened", "session_grown", "session_ended"):
+        db.execute(f"DROP TRIGGER {trigger}")
+    for index in ("sessions_used", "sessions_lasting", "sessions_due"):
+        db.execute(f"DROP INDEX {index}")
+    db.execute("DROP TABLE totals")
+    db.execute("CREATE INDEX sessions_used ON sessions (tenant, used_at)")
+    db.execute("CREATE INDEX sessions_open ON sessions (used_at) WHERE state = 'open'")
+    db.execute("PRAGMA user_version = 1")

@@ -112,7 +112,10 @@ def sessions(db: sqlite3.Connection, query: SessionQuery) -> SessionPage:
     if query.metadata:
         db.create_function("has_metadata", 1, _matcher(query.metadata), deterministic=True)
         where += " AND has_metadata(metadata)"
-    (total,) = db.execute(f"SELECT count(*) FROM sessions WHERE {where}", given).fetchone()
+    if query.state == "open" and not query.metadata:
+        total = totals(db, query.tenant).sessions
+    else:
+        (total,) = db.execute(f"SELECT count(*) FROM sessions WHERE {where}", given).fetchone()
     if query.after is not None:
         where += (
             " AND (used_at, id) < (SELECT used_at, id FROM sessions"
@@ -132,11 +135,10 @@ def sessions(db: sqlite3.Connection, query: SessionQuery) -> SessionPage:
 
 def totals(db: sqlite3.Connection, tenant: str) -> TenantTotals:
     """What a tenant's open sessions hold."""
-    count, tokens = db.execute(
-        "SELECT count(*), total(tokens) FROM sessions WHERE tenant = ? AND state = 'open'",
-        (codec.name(tenant),),
+    found = db.execute(
+        "SELECT sessions, tokens FROM totals WHERE tenant = ?", (codec.name(tenant),)
     ).fetchone()
-    return TenantTotals(count, int(tokens))
+    return TenantTotals(0, 0) if found is None else TenantTotals(*found)
 
 
 def idle(
@@ -144,8 +146,12 @@ def idle(
 ) -> list[str]:
     """Open sessions whose time to live has ended, the longest idle first."""
     found = db.execute(
-        "SELECT id FROM sessions WHERE state = 'open' AND used_at <= ?1"
-        " AND used_at + coalesce(ttl_s, ?2) <= ?1 ORDER BY used_at LIMIT ?3",
+        "SELECT id FROM ("
+        "SELECT id, used_at FROM sessions"
+        " WHERE state = 'open' AND ttl_s IS NOT NULL AND used_at + ttl_s <= ?1 UNION ALL "
+        "SELECT id, used_at FROM sessions"
+        " WHERE state = 'open' AND ttl_s IS NULL AND used_at <= ?1 - ?2)"
+        " ORDER BY used_at LIMIT ?3",
         (before, default_ttl_s, limit),
     )
     return [codec.from_name(id_) for (id_,) in found]
@@ -161,8 +167,8 @@ def oldest(db: sqlite3.Connection, tenant: str, limit: int) -> list[str]:
 
 
 def open_count(db: sqlite3.Connection) -> int:
-    """How many sessions are open."""
-    (count,) = db.execute("SELECT count(*) FROM sessions WHERE state = 'open'").fetchone()
+    """How many sessions are open, in time proportional to how many tenants have any."""
+    (count,) = db.execute("SELECT total(sessions) FROM totals").fetchone()
     return int(count)
 
 

@@ -41,7 +41,34 @@ FIRST: Step = (
     "CREATE INDEX results_scope ON results (scope)",
     "CREATE INDEX results_age ON results (created_at)",
 )
-MIGRATIONS: tuple[Step, ...] = (FIRST,)
+TOTALS: Step = (
+    # What each tenant has open, kept by the changes themselves: counting it anew would take a step
+    # for every session with every turn that is recorded.
+    "CREATE TABLE totals (tenant PRIMARY KEY NOT NULL, sessions INTEGER NOT NULL,"
+    " tokens INTEGER NOT NULL) WITHOUT ROWID",
+    "INSERT INTO totals SELECT tenant, count(*), sum(tokens) FROM sessions WHERE state = 'open'"
+    " GROUP BY tenant",
+    "CREATE TRIGGER session_opened AFTER INSERT ON sessions WHEN new.state = 'open' BEGIN"
+    " INSERT INTO totals VALUES (new.tenant, 1, new.tokens) ON CONFLICT (tenant) DO UPDATE"
+    " SET sessions = sessions + 1, tokens = tokens + new.tokens; END",
+    "CREATE TRIGGER session_grown AFTER UPDATE OF tokens ON sessions"
+    " WHEN new.state = 'open' AND new.tokens <> old.tokens BEGIN"
+    " UPDATE totals SET tokens = tokens + new.tokens - old.tokens WHERE tenant = new.tenant; END",
+    "CREATE TRIGGER session_ended AFTER UPDATE OF state ON sessions"
+    " WHEN old.state = 'open' AND new.state <> 'open' BEGIN"
+    " UPDATE totals SET sessions = sessions - 1, tokens = tokens - old.tokens"
+    " WHERE tenant = old.tenant;"
+    " DELETE FROM totals WHERE tenant = old.tenant AND sessions = 0; END",
+    # Counting a tenant's sessions of any state takes no look at each one's row.
+    "DROP INDEX sessions_used",
+    "CREATE INDEX sessions_used ON sessions (tenant, used_at, state)",
+    # Those whose time is over are found without a look at those that have some left.
+    "DROP INDEX sessions_open",
+    "CREATE INDEX sessions_lasting ON sessions (used_at) WHERE state = 'open' AND ttl_s IS NULL",
+    "CREATE INDEX sessions_due ON sessions (used_at + ttl_s)"
+    " WHERE state = 'open' AND ttl_s IS NOT NULL",
+)
+MIGRATIONS: tuple[Step, ...] = (FIRST, TOTALS)
 """Step n brings a file of schema version n to n + 1; one that was released never changes."""
 
 
