@@ -27,8 +27,6 @@ from bench.harness.figures import Figure, report
 from bench.harness.options import Json, ServerArguments
 
 PARTS = ("fork", "ingest", "idle", "journal")
-ARRIVALS_S = (0.0, 1.0, 2.0)
-"""When the results of tools come, after the calls."""
 
 
 def main(
@@ -39,6 +37,9 @@ def main(
     forks: Annotated[int, typer.Option(min=1, help="And rollbacks.")] = 100,
     rounds: Annotated[int, typer.Option(min=1, help="Of each way to bring results.")] = 9,
     result_tokens: Annotated[int, typer.Option(min=8, help="Of a result, about.")] = 1000,
+    arrivals: Annotated[
+        str, typer.Option(help="Seconds from the calls to their results, with commas.")
+    ] = "0,1,2",
     sessions: Annotated[int, typer.Option(min=1, help="That lie idle.")] = 10_000,
     idle_tokens: Annotated[int, typer.Option(min=1000, help="Of each of them.")] = 20_000,
     import_s: Annotated[float, typer.Option(help="Longest time to import them.")] = 3600.0,
@@ -54,10 +55,10 @@ def main(
     """Measure and print; see the module's docstring."""
     from bench.suites import _fork, _idle, _ingest, _recorded
 
-    more = server_arguments or []
+    more, after_s = server_arguments or [], _seconds(arrivals)
     runs: dict[str, Callable[[], tuple[dict[str, Figure], dict[str, Any]]]] = {
         "fork": lambda: _fork.run(tokens, forks, more),
-        "ingest": lambda: _ingest.run(rounds, result_tokens, ARRIVALS_S, more),
+        "ingest": lambda: _ingest.run(rounds, result_tokens, after_s, more),
         "idle": lambda: _idle.run(sessions, idle_tokens, samples, import_s, folder, more),
         "journal": lambda: _recorded.run(turns, decodes, 400, folder, more),
     }
@@ -71,6 +72,14 @@ def main(
         found, details[name] = runs[name]()
         figures |= found
     report(figures, json, **details)
+
+
+def _seconds(text: str) -> list[float]:
+    """Numbers of a list with commas between."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no list of seconds with commas between") from error
 
 
 if __name__ == "__main__":
