@@ -12,7 +12,7 @@ import sys
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from stateful_sglang.session.errors import InvalidInputError, OtherModelError
 from stateful_sglang.session.history import Commit, History
@@ -26,23 +26,37 @@ FORMAT = "stateful-sglang-session/1"
 _MAX_VERSIONS = 1_000_000
 
 
-def exported(session: Session, model: str) -> dict[str, Any]:
-    """A session with every version that it can go back to, those of its source included."""
+class Snapshot(NamedTuple):
+    """A session as it was at one moment, to be written out while it goes on."""
+
+    form: Mapping[str, Any]
+    """All but its commits."""
+    commits: Sequence[Commit]
+    """Every version that it can go back to, those of its source included, oldest first."""
+
+
+def snapshot(session: Session, model: str) -> Snapshot:
+    """Take hold of a session; nothing of it is copied."""
     commits = {commit.version: commit for commit in session.history.commits}
     for commit in session.history.published:
         way: Commit | None = commit
         while way is not None and way.version not in commits:
             commits[way.version] = way
             way = way.parent
-    return {
+    form = {
         "format": FORMAT,
         "model": model,
         "options": asdict(session.options),
         "created_at": session.created_at,
         "version": session.version,
         "newest": session.history.newest,
-        "commits": [_commit_form(commits[version]) for version in sorted(commits)],
     }
+    return Snapshot(form, [commits[version] for version in sorted(commits)])
+
+
+def exported(taken: Snapshot) -> dict[str, Any]:
+    """A session as JSON; a long one takes long, and any thread may do it."""
+    return {**taken.form, "commits": [_commit_form(commit) for commit in taken.commits]}
 
 
 def imported(
@@ -53,7 +67,7 @@ def imported(
     vocab_size: int,
     accept_other_model: bool = False,
 ) -> Session:
-    """The session that `exported` wrote, under a new id.
+    """The session that `exported` wrote, under a new id; any thread may make it.
 
     Raises:
         InvalidInputError: It is something else, or damaged; names the field.

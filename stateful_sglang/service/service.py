@@ -141,7 +141,8 @@ class SessionService:
         """
         self._maintain()
         self._core.check_accepting()
-        session = exchange.imported(
+        session = await asyncio.to_thread(
+            exchange.imported,
             exported,
             caller.tenant,
             model=self._engine.model_digest,
@@ -193,7 +194,8 @@ class SessionService:
     async def export(self, caller: Caller, session_id: str) -> dict[str, Any]:
         """A session with all of its versions, as JSON that `import_` takes."""
         async with self._core.directory.use(caller, session_id) as resident:
-            return exchange.exported(resident.session, self._engine.model_digest)
+            taken = exchange.snapshot(resident.session, self._engine.model_digest)
+            return await asyncio.to_thread(exchange.exported, taken)
 
     async def events(self, caller: Caller, session_id: str) -> AsyncIterator[SessionEvent]:
         """What happens to a session from now on, until it ends."""

@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from journal_rig import TENANT, answer, opened, prepared, record_of, run, turn, user
+from journal_rig import HEAD, TENANT, answer, opened, prepared, record_of, run, turn, user
 
+from stateful_sglang.session.history import History
 from stateful_sglang.session.journal import changes, files, reading, schema
 from stateful_sglang.session.journal.base import JournalError, SessionQuery
+from stateful_sglang.session.journal.restoring import Restorer
 from stateful_sglang.session.journal.sqlite import SqliteJournal
 from stateful_sglang.session.records import KeyedResult, SessionOptions
 
@@ -413,3 +415,38 @@ def undo_totals(db: sqlite3.Connection) -> None:
     db.execute("CREATE INDEX sessions_used ON sessions (tenant, used_at)")
     db.execute("CREATE INDEX sessions_open ON sessions (used_at) WHERE state = 'open'")
     db.execute("PRAGMA user_version = 1")
+
+
+def test_a_long_history_is_made_in_steps_between_which_others_may_be_made(tmp_path: Path) -> None:
+    turns = 900
+    path = tmp_path / "j"
+
+    async def fill(journal: SqliteJournal) -> list[int]:
+        history = History.opened("long", HEAD)
+        for number in range(turns):
+            history.publish(prepared(history, [number, number + 1], [user(str(number))]))
+        await journal.open(record_of(history, "long"), history)
+        fork = history.fork("fork", turns - 1)
+        await journal.open(record_of(fork, "fork"), fork)
+        return list(history.tip.transcript)
+
+    tokens = run(path, fill)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        stored = [reading.stored_history(db, name) for name in ("long", "fork")]
+    restorer = Restorer()
+    making = [restorer.steps(each) for each in stored if each is not None]
+    made: dict[int, History] = {}
+    steps = 0
+    while len(made) < len(making):
+        for number, each in enumerate(making):
+            try:
+                if number not in made:
+                    next(each)
+                    steps += 1
+            except StopIteration as end:
+                made[number] = end.value
+    assert steps >= 2 * 3
+    long, fork = made[0], made[1]
+    assert list(long.tip.transcript) == tokens
+    assert list(fork.tip.transcript) == tokens[:-2]
+    assert fork.tip is long.at(turns - 1), "what both have is one object"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from engine_double import FORGETFUL, EngineDouble
 from one_tenant import OneTenant
 
+from stateful_sglang.service import exchange
 from stateful_sglang.service.commands import (
     Append,
     Edit,
@@ -637,3 +640,42 @@ async def test_an_exported_session_goes_on_elsewhere_as_here() -> None:
     for damage in ({"format": "x"}, {"commits": []}, {"version": 77}, {"commits": [{}]}):
         with pytest.raises(errors.InvalidInputError):
             await there.import_({**exported, **damage})
+
+
+class Held:
+    """A function that begins and then waits to be let go on, if it is on a thread of its own."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.began, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        self.began.set()
+        assert self.go_on.wait(10), "the event loop waited for this"
+        return self.function(*args, **more)
+
+
+async def test_others_are_served_while_a_long_session_is_taken_in_or_written_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    service = OneTenant(EngineDouble())
+    session = await opened(service)
+    await answer(service, session, say("one"))
+    exported = await service.export(session)
+
+    importing = Held(exchange.imported)
+    monkeypatch.setattr(exchange, "imported", importing)
+    task = asyncio.create_task(service.import_(exported))
+    await asyncio.to_thread(importing.began.wait, 10)
+    other = await opened(service)
+    importing.go_on.set()
+    assert (await task).version == 1
+
+    exporting = Held(exchange.exported)
+    monkeypatch.setattr(exchange, "exported", exporting)
+    task = asyncio.create_task(service.export(session))
+    await asyncio.to_thread(exporting.began.wait, 10)
+    await answer(service, other, say("x"))
+    await answer(service, session, say("two"))
+    exporting.go_on.set()
+    assert await task == exported, "what came after the request is not in it"

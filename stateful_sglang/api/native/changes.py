@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -12,7 +12,7 @@ from stateful_sglang.api.native.exported import ExportedBody
 from stateful_sglang.api.native.messages import MessageBody
 from stateful_sglang.api.native.schemas import PRIORITY, Metadata, kept
 from stateful_sglang.api.native.writing import KeyedBody, WritingBody
-from stateful_sglang.service.commands import Edit, Fork, Ingest, Rollback, Touch
+from stateful_sglang.service.commands import Edit, Fork, Ingest, Key, Rollback, Touch
 from stateful_sglang.session.bounds import TTL_S, VERSION
 from stateful_sglang.session.records import Retention, SessionOptions
 
@@ -101,6 +101,14 @@ class TouchBody(KeptBody):
         return Touch(self.ttl_s, self.retention, self.priority, self.metadata)
 
 
+class Import(NamedTuple):
+    """What is asked of the service's `import_`."""
+
+    session: dict[str, Any]
+    key: Key | None
+    accept_other_model: bool
+
+
 class ImportBody(KeyedBody):
     """``POST /v1/sessions/import``: a session that another server exported."""
 
@@ -108,3 +116,7 @@ class ImportBody(KeyedBody):
 
     session: ExportedBody
     accept_other_model: bool = False
+
+    def to_command(self) -> Import:
+        """As the service takes it."""
+        return Import(self.session.to_export(), self.to_key(), self.accept_other_model)

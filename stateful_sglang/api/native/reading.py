@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -63,7 +64,8 @@ def add_routes(router: APIRouter, serving: Serving) -> None:
     @router.get("/sessions/{session_id}/export")
     async def export(session_id: str, request: Request) -> JSONResponse:
         """A session with all its versions, to be imported by another server."""
-        return JSONResponse(await service.export(serving.caller_of(request), session_id))
+        exported = await service.export(serving.caller_of(request), session_id)
+        return await asyncio.to_thread(JSONResponse, exported)
 
     @router.get("/tree")
     async def tree(

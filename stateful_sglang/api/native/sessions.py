@@ -34,13 +34,13 @@ def add_routes(router: APIRouter, serving: Serving) -> None:
     async def import_session(request: Request) -> JSONResponse:
         """Open a session as another server exported it."""
         caller = serving.caller_of(request)
-        body = await serving.body(request, ImportBody, IMPORT_TIMES)
+        asked = await serving.made_of_body(request, ImportBody, ImportBody.to_command, IMPORT_TIMES)
         try:
             view = await service.import_(
                 caller,
-                body.session.to_export(),
-                key=body.to_key(),
-                accept_other_model=body.accept_other_model,
+                asked.session,
+                key=asked.key,
+                accept_other_model=asked.accept_other_model,
             )
         except InvalidInputError as error:
             raise InvalidInputError(f"session.{error.param}", error.message) from error

@@ -1,8 +1,9 @@
 """From rows to histories that share what sessions in memory hold. On the event loop: it alone grows
-shared buffers."""
+shared buffers. It is left to others every few commits."""
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
@@ -12,6 +13,9 @@ from stateful_sglang.session.journal.codec import DamagedError
 from stateful_sglang.session.journal.reading import StoredCommit, StoredHistory
 from stateful_sglang.session.messages import Head
 from stateful_sglang.session.transcript import Transcript
+
+_COMMITS_AT_ONCE = 200
+"""Made in one go: some five milliseconds."""
 
 
 class Restorer:
@@ -32,8 +36,24 @@ class Restorer:
         Raises:
             DamagedError: It makes up none.
         """
+        steps = self.steps(stored)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                history: History = end.value
+                return history
+
+    def steps(self, stored: StoredHistory) -> Generator[None, None, History]:
+        """The same, in steps between which other histories may be made or grow.
+
+        Raises:
+            DamagedError: It makes up none.
+        """
         made: dict[int, Commit] = {}
-        for row in stored.commits:
+        for number, row in enumerate(stored.commits):
+            if number and number % _COMMITS_AT_ONCE == 0:
+                yield
             made[row.id] = self._commit(row, made, stored)
         origin = made.get(stored.origin)
         if origin is None:

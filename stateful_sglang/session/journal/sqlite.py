@@ -148,7 +148,14 @@ class SqliteJournal:
         if stored is None:
             return None
         try:
-            return self._restorer.history(stored)
+            steps = self._restorer.steps(stored)
+            while True:
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    history: History = end.value
+                    return history
+                await asyncio.sleep(0)
         except codec.DamagedError as error:
             raise JournalError(files.damaged(self._path, error)) from error
 
