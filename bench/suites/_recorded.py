@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -42,14 +43,12 @@ def run(
     with tempfile.TemporaryDirectory(dir=folder) as place, ExitStack() as running:
         model = random_model.save(Path(place) / "model", _ROOM)
         journal = Path(place) / "journal.sqlite3"
-        syncs = plain_syncs(Path(place))
         served: dict[str, Operations] = {}
         for way, file in zip(WAYS, (str(journal), "off"), strict=True):
             arguments = (*random_model.arguments(model, _ROOM, _ROOM), "--journal", file)
             server = running.enter_context(serve(*arguments, "--journal-sync", "full", *more))
             served[way] = Operations(running.enter_context(http.client(server.url)))
-        took = _turns(served, turns)
-        syncs += plain_syncs(Path(place))
+        took, syncs = _turns(served, turns, Path(place))
         rates = _rates(served, decodes, decoded)
         running.close()
         bytes_a_token = journal.stat().st_size / sum(
@@ -81,19 +80,29 @@ def _median(rates: list[float]) -> float:
     return round(statistics.median(rates), 1)
 
 
-def _turns(served: dict[str, Operations], turns: int) -> dict[str, list[Turn]]:
-    """The same turns on all servers: some 100 tokens of code in, 4 out."""
+def _turns(
+    served: dict[str, Operations], turns: int, folder: Path
+) -> tuple[dict[str, list[Turn]], list[float]]:
+    """The same turns on all servers, some 100 tokens of code in and one out.
+
+    Returns:
+        The turns, and the seconds that a page takes to be written and synced between them, where a
+        disk and its processor have had the same time to fall asleep.
+    """
     took: dict[str, list[Turn]] = {way: [] for way in served}
+    syncs: list[float] = []
     for number, text in zip(range(-8, turns), _texts(), strict=False):
         if number == -8 or number % _TURNS_EACH == 0:
             ids = {way: one.open().reply["id"] for way, one in served.items()}
         for way in rotated(list(served), number):
             said = [{"role": "user", "content": text}]
-            turn = served[way].append(ids[way], 4, messages=said)
+            turn = served[way].append(ids[way], 1, messages=said)
             if number >= 0:  # the first are to warm up
                 took[way].append(turn)
+        time.sleep(statistics.median([turn.total_s for turn in took["full"]] or [0.02]))
+        syncs += plain_syncs(folder, 1)
     say(f"{turns} turns with and without a journal")
-    return took
+    return took, syncs
 
 
 def _texts() -> Iterator[str]:

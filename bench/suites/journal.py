@@ -63,11 +63,11 @@ def main(
     report({**milliseconds("one_sync_ms", syncs), **figures}, json)
 
 
-def plain_syncs(folder: Path) -> list[float]:
-    """Seconds that a page takes to be appended to a file and synced, each of many times."""
+def plain_syncs(folder: Path, times: int = _SYNCS) -> list[float]:
+    """Seconds that a page takes to be appended to a file and synced, each of some times."""
     taken = []
     with (folder / "plain").open("wb", buffering=0) as file:
-        for _ in range(_SYNCS):
+        for _ in range(times):
             began = time.perf_counter()
             file.write(bytes(4096))
             os.fdatasync(file.fileno())

@@ -27,6 +27,9 @@ from stateful_sglang.session.session import Session
 
 logger = logging.getLogger(__name__)
 
+_EMPTY_TOKENS = 1024
+"""What a session takes in memory beside its tokens and messages, some 4 KiB, in tokens."""
+
 
 @dataclass(eq=False)
 class Resident:
@@ -46,6 +49,11 @@ class Resident:
     """Who would be left with a session of another time if it went from memory now."""
 
     @property
+    def tokens(self) -> int:
+        """What it holds in memory, as a number of tokens; an empty session is some too."""
+        return _EMPTY_TOKENS + self.session.history.weight
+
+    @property
     def idle(self) -> bool:
         """Whether it can leave memory."""
         return not self.uses and not self.writer.held and self.turn is None and not self.beside
@@ -61,7 +69,8 @@ class Directory:
         Args:
             engine: Told of sessions that leave memory.
             journal: Where sessions are while they are not in memory.
-            max_tokens: Of all sessions in memory; beyond, those unused longest leave it.
+            max_tokens: Of all sessions in memory, empty ones counting as some; beyond, those unused
+                longest leave it.
             default_ttl_s: Of sessions that name none; None: they don't expire.
         """
         self._engine = engine
@@ -82,8 +91,8 @@ class Directory:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the sessions in memory."""
-        return sum(len(each.session.tip.transcript) for each in self._residents.values())
+        """What the sessions in memory hold, as a number of tokens."""
+        return sum(each.tokens for each in self._residents.values())
 
     def resident(self, session_id: str) -> Resident | None:
         """A session that is in memory."""
@@ -174,7 +183,7 @@ class Directory:
             if excess <= 0:
                 return
             if resident.idle:
-                excess -= len(resident.session.tip.transcript)
+                excess -= resident.tokens
                 del self._residents[session_id]
                 await self._engine.close_session(session_id)
 

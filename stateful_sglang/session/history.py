@@ -72,7 +72,7 @@ class History:
     version goes to the next one: no client has seen it.
     """
 
-    __slots__ = ("_newest", "_origin", "_owner", "_published", "_tip")
+    __slots__ = ("_newest", "_origin", "_owner", "_published", "_tip", "_weight")
 
     def __init__(self, owner: str, origin: Commit) -> None:
         """The history of session `owner` at `origin`, whose next commit is the version after it."""
@@ -80,6 +80,7 @@ class History:
         self._origin = self._tip = origin
         self._newest = origin.version
         self._published: dict[int, Commit] = {}
+        self._weight = len(origin.transcript) + _text_tokens(origin)
 
     @classmethod
     def opened(cls, owner: str, head: Head, messages: Iterable[Message] = ()) -> History:
@@ -106,6 +107,7 @@ class History:
         history = cls(owner, origin)
         history._published = {commit.version: commit for commit in published}
         history._newest = newest
+        history._weight += sum(map(_added, history._published.values()))
         history._tip = history.at(tip)
         return history
 
@@ -128,6 +130,12 @@ class History:
     def origin(self) -> Commit:
         """Where it begins: version 0, or the commit of another session that it was forked from."""
         return self._origin
+
+    @property
+    def weight(self) -> int:
+        """What it holds in memory, as a number of tokens: those of all its versions, left by a
+        rollback or not, and what is pending in them. What a fork shares counts in both."""
+        return self._weight
 
     @property
     def newest(self) -> int:
@@ -215,6 +223,7 @@ class History:
             )
         self._published[commit.version] = self._tip = commit
         self._newest = commit.version
+        self._weight += _added(commit)
 
     def rollback(self, version: int) -> Commit:
         """Move the tip to another version of this history; nothing is copied.
@@ -232,3 +241,17 @@ class History:
             UnknownVersionError: There is no such version.
         """
         return History(owner, self.at(version))
+
+
+_CHARACTERS_A_TOKEN = 4
+
+
+def _text_tokens(commit: Commit) -> int:
+    """Text that became pending in a commit, as tokens; those of messages already make it up."""
+    before = set() if commit.parent is None else set(map(id, commit.parent.pending))
+    new = (len(message.content) for message in commit.pending if id(message) not in before)
+    return sum(new) // _CHARACTERS_A_TOKEN
+
+
+def _added(commit: Commit) -> int:
+    return len(commit.transcript) - commit.base_len + _text_tokens(commit)

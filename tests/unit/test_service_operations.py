@@ -526,17 +526,35 @@ async def answer_is_refused(service: OneTenant, session: str) -> None:
 
 async def test_idle_sessions_leave_memory_and_come_back() -> None:
     engine = EngineDouble()
-    service = OneTenant(engine, Limits(resident_tokens=60))
+    service = OneTenant(engine, Limits(resident_tokens=2500))
     sessions = [await opened(service) for _ in range(4)]
     for each in sessions:
         await answer(service, each, say("one"))
     directory = service.service._core.directory
     assert len(directory) == 4
     await directory.trim()
-    assert directory.tokens <= 60
+    assert directory.tokens <= 2500
     assert len(directory) < 4
     replies = [await answer(service, each, say("two")) for each in sessions]
     assert {(reply.version, reply.text) for reply in replies} == {(2, replies[0].text)}
+
+
+@pytest.mark.parametrize("holding", ["nothing", "pending text", "versions left by rollbacks"])
+async def test_no_kind_of_session_can_fill_the_memory_while_it_is_idle(holding: str) -> None:
+    service = OneTenant(EngineDouble(), Limits(resident_tokens=20_000))
+    for _ in range(24):
+        said = (user("x" * 8000),) if holding == "pending text" else ()
+        session = (await service.open(OpenSession(messages=said))).id
+        if holding == "versions left by rollbacks":
+            for _ in range(3):
+                await answer(service, session, say("y" * 400))
+                await service.rollback(session, Rollback(0))
+    directory = service.service._core.directory
+    assert directory.tokens > 20_000
+    await directory.trim()
+    assert 0 < len(directory) < 24
+    if holding != "nothing":
+        assert len(directory) < 10, "what they hold beside their last version counts"
 
 
 async def test_a_session_expires_after_the_time_it_was_given_and_is_gone_not_unknown() -> None:
