@@ -24,14 +24,15 @@ from bench.suites.journal import plain_syncs
 _ROOM = 65_536
 _TURNS_EACH = 40
 """Turns of a session, before the next one is taken."""
-WAYS = ("full", "off")
-"""With each turn on the disk before it is answered, and without a file."""
+WAYS = ("off", "full", "control")
+"""Without a file; with each turn on the disk before it is answered; and once more without, which
+tells by how much two servers differ that are alike."""
 
 
 def run(
     turns: int, decodes: int, decoded: int, folder: Path | None, more: list[str]
 ) -> tuple[dict[str, Figure], dict[str, Any]]:
-    """Take turns on two servers in alternation, one that records and one that does not.
+    """Take turns on three servers in alternation, one that records and two that do not.
 
     Args:
         turns: Short ones, on each server.
@@ -44,7 +45,7 @@ def run(
         model = random_model.save(Path(place) / "model", _ROOM)
         journal = Path(place) / "journal.sqlite3"
         served: dict[str, Operations] = {}
-        for way, file in zip(WAYS, (str(journal), "off"), strict=True):
+        for way, file in zip(WAYS, ("off", str(journal), "off"), strict=True):
             arguments = (*random_model.arguments(model, _ROOM, _ROOM), "--journal", file)
             server = running.enter_context(serve(*arguments, "--journal-sync", "full", *more))
             served[way] = Operations(running.enter_context(http.client(server.url)))
@@ -54,26 +55,39 @@ def run(
         bytes_a_token = journal.stat().st_size / sum(
             turn.usage["delta_tokens"] + turn.usage["generated_tokens"] for turn in took["full"]
         )
+    seconds = {way: [turn.total_s for turn in took[way]] for way in WAYS}
     added = [
-        a.total_s - b.total_s for a, b in zip(took["full"], took["off"], strict=True)
-    ]  # of the same turn on both servers, one after the other
-    slower = paired_interval(dict(enumerate(rates["off"])), dict(enumerate(rates["full"])))
-    assert slower is not None
+        full - (off + control) / 2
+        for off, full, control in zip(*(seconds[way] for way in WAYS), strict=True)
+    ]  # of the same turn on all servers, one after the other
+    without = [
+        (off + control) / 2 for off, control in zip(rates["off"], rates["control"], strict=True)
+    ]
     figures: dict[str, Figure] = {
         **milliseconds("one_sync_ms", syncs),
-        **milliseconds("turn_ms_full", [turn.total_s for turn in took["full"]]),
-        **milliseconds("turn_ms_off", [turn.total_s for turn in took["off"]]),
+        **{
+            name: value
+            for way in WAYS
+            for name, value in milliseconds(f"turn_ms_{way}", seconds[way]).items()
+        },
         **milliseconds("journal_adds_ms", added),
         **{f"decode_tokens_s_{way}": _median(rates[way]) for way in WAYS},
-        "decode_slowdown": round(slower.ratio, 4),
-        "decode_slowdown_low": round(slower.low, 4),
-        "decode_slowdown_high": round(slower.high, 4),
+        **_slowdown("decode_slowdown", without, rates["full"]),
+        **_slowdown("decode_slowdown_of_control", rates["off"], rates["control"]),
         "journal_bytes_a_token_random": round(bytes_a_token, 2),
     }
     figures["journal_adds_beyond_sync_ms_p50"] = round(
         float(figures["journal_adds_ms_p50"] or 0) - float(figures["one_sync_ms_p50"] or 0), 3
     )
     return figures, {"rates": rates}
+
+
+def _slowdown(name: str, before: list[float], after: list[float]) -> dict[str, Figure]:
+    """How many times the rates were lower, paired by round, with a 95 % interval."""
+    found = paired_interval(dict(enumerate(before)), dict(enumerate(after)))
+    assert found is not None
+    bounds = {f"{name}_low": round(found.low, 4), f"{name}_high": round(found.high, 4)}
+    return {name: round(found.ratio, 4), **bounds}
 
 
 def _median(rates: list[float]) -> float:

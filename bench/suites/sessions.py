@@ -6,7 +6,7 @@ to three results of tools that come one after the other, with each taken in as i
 all appended at the end, on the embedded model. idle: sessions that were imported and lie idle:
 memory of each process, how long operations take beside them, and how long the first uses take after
 a restart; and how long others wait while a session of 100,000 tokens is imported, exported, or
-brought back. journal: turns and decoding of a server that records beside one that does not.
+brought back. journal: turns and decoding of a server that records beside two that do not.
 
 All but ingest are measured with a model of one layer and random weights, which takes so little time
 that what sessions add can be seen.
