@@ -61,6 +61,7 @@ async def seen(service: OneTenant, session: str) -> dict[str, Any]:
 async def paused_turn(engine: EngineDouble, service: OneTenant, session: str) -> Any:
     """A turn that has given two tokens and waits."""
     engine.script, engine.pause_after = "some long answer", 2
+    engine.paused.clear()
     turn = await service.append(session, say("wait"))
     await engine.paused.wait()
     engine.script, engine.pause_after = None, None
