@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
+from functools import cached_property
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import httpx
 from httpx_sse import EventSource, ServerSentEvent
@@ -20,14 +21,17 @@ EVENTS_TIMEOUT = httpx.Timeout(10.0, read=60.0)
 """Seconds; a server that lives says so every 15."""
 
 
-class _Stream:
-    """A connection that is read while it lasts."""
+ClientT = TypeVar("ClientT", bound=httpx.Client | httpx.AsyncClient)
+
+
+class _Asked(Generic[ClientT]):
+    """A request whose answer comes piece by piece."""
 
     _timeout: httpx.Timeout | None = None
 
     def __init__(
         self,
-        http: httpx.Client,
+        http: ClientT,
         method: str,
         path: str,
         body: Mapping[str, Any] | None,
@@ -40,6 +44,19 @@ class _Stream:
         self._body = body
         self._attempts = attempts
         self._response: httpx.Response | None = None
+
+    @property
+    def _key(self) -> str:
+        """By which the request can be sent again; empty where it has none."""
+        return str((self._body or {}).get(KEY) or "")
+
+    def _request(self) -> httpx.Request:
+        timeout = self._timeout or self._http.timeout
+        return self._http.build_request(self._method, self._path, json=self._body, timeout=timeout)
+
+
+class _Stream(_Asked[httpx.Client]):
+    """A connection that is read while it lasts."""
 
     def connect(self) -> None:
         """Send the request, again if need be, up to the beginning of its answer."""
@@ -59,10 +76,6 @@ class _Stream:
         if self._response is not None:
             self._response.close()
 
-    def _request(self) -> httpx.Request:
-        timeout = self._timeout or self._http.timeout
-        return self._http.build_request(self._method, self._path, json=self._body, timeout=timeout)
-
     def _events(self) -> Iterator[ServerSentEvent]:
         assert self._response is not None
         yield from EventSource(self._response).iter_sse()
@@ -79,26 +92,8 @@ class _Stream:
         self.close()
 
 
-class _AsyncStream:
+class _AsyncStream(_Asked[httpx.AsyncClient]):
     """The same, with ``await``."""
-
-    _timeout: httpx.Timeout | None = None
-
-    def __init__(
-        self,
-        http: httpx.AsyncClient,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None,
-        attempts: Attempts,
-    ) -> None:
-        """Nothing is sent before `connect`."""
-        self._http = http
-        self._method = method
-        self._path = path
-        self._body = body
-        self._attempts = attempts
-        self._response: httpx.Response | None = None
 
     async def connect(self) -> None:
         """Send the request, again if need be, up to the beginning of its answer."""
@@ -117,10 +112,6 @@ class _AsyncStream:
         """Close the connection."""
         if self._response is not None:
             await self._response.aclose()
-
-    def _request(self) -> httpx.Request:
-        timeout = self._timeout or self._http.timeout
-        return self._http.build_request(self._method, self._path, json=self._body, timeout=timeout)
 
     async def _events(self) -> AsyncIterator[ServerSentEvent]:
         assert self._response is not None
@@ -143,16 +134,9 @@ class TurnStream(_Stream):
     """A running turn: iterate for its text, then read `turn`. Leaving early aborts the turn, unless
     it is detached."""
 
-    def __init__(
-        self,
-        http: httpx.Client,
-        method: str,
-        path: str,
-        body: Mapping[str, Any],
-        attempts: Attempts,
-    ) -> None:
-        super().__init__(http, method, path, body, attempts)
-        self._progress = TurnProgress(str(body.get(KEY) or ""))
+    @cached_property
+    def _progress(self) -> TurnProgress:
+        return TurnProgress(self._key)
 
     @property
     def turn(self) -> Turn:
@@ -188,16 +172,9 @@ class AsyncTurnStream(_AsyncStream):
     out of a bare loop does so only when the interpreter gets round to it.
     """
 
-    def __init__(
-        self,
-        http: httpx.AsyncClient,
-        method: str,
-        path: str,
-        body: Mapping[str, Any],
-        attempts: Attempts,
-    ) -> None:
-        super().__init__(http, method, path, body, attempts)
-        self._progress = TurnProgress(str(body.get(KEY) or ""))
+    @cached_property
+    def _progress(self) -> TurnProgress:
+        return TurnProgress(self._key)
 
     @property
     def turn(self) -> Turn:

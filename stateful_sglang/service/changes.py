@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -58,13 +57,9 @@ class Changes:
             session_id = new_session_id()
             history = History.opened(session_id, command.head, command.messages)
             session = Session(session_id, caller.tenant, history, command.options)
-            return await self._add(caller, session, keeping)
+            return await self.add(caller, session, keeping)
 
         return await self._core.once(caller, "", command.key, run, view_from)
-
-    async def adopt(self, caller: Caller, session: Session, keeping: Keeping) -> SessionView:
-        """Take in a session that was made elsewhere, with all of its history."""
-        return await self._add(caller, session, keeping)
 
     async def fork(self, caller: Caller, session_id: str, command: Fork) -> SessionView:
         """Open a session that shares another's past; nothing is copied and nothing computed."""
@@ -75,7 +70,7 @@ class Changes:
                 source = resident.session
                 version = source.version if command.version is None else command.version
                 forked = source.fork(version, command.options)
-                view = await self._add(caller, forked, keeping)
+                view = await self.add(caller, forked, keeping)
                 if forked.held_len:
                     await self._core.engine.fork_session(source.id, forked.id, forked.held_len)
                 self._core.events.tell(source.id, "forked", version=version)
@@ -179,12 +174,13 @@ class Changes:
                 raise
             return version if resident is None else resident.session.version
 
-        version = await asyncio.shield(asyncio.create_task(run()))
+        version = await self._core.finish(run())
         self._core.events.tell(session_id, "closed", version=version, erased=erase)
         self._core.observer.session_ended("closed")
         return Closed(session_id, version, erase)
 
-    async def _add(self, caller: Caller, session: Session, keeping: Keeping) -> SessionView:
+    async def add(self, caller: Caller, session: Session, keeping: Keeping) -> SessionView:
+        """Take in a session that was just made, with all of its history."""
         await self._make_room(caller)
         record = self._record(session)
         view = self._core.view_of(record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from stateful_sglang.service.commands import Caller, Key, Writing
 from stateful_sglang.service.directory import Directory, Resident
 from stateful_sglang.service.engine import TurnEngine
 from stateful_sglang.service.events import EventHub
-from stateful_sglang.service.idempotency import InFlight, Keeping, Scope
+from stateful_sglang.service.idempotency import Keeping, KeyedWork, Scope
 from stateful_sglang.service.observe import Observer
 from stateful_sglang.service.plan import Planner
 from stateful_sglang.service.results import SessionView
@@ -75,7 +75,7 @@ class Core:
         )
         self.events = EventHub()
         self.draining = False
-        self._running: InFlight[Any] = InFlight(journal)
+        self._running: KeyedWork[Any] = KeyedWork(journal)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def check_accepting(self) -> None:
@@ -143,7 +143,7 @@ class Core:
         caller: Caller,
         session_id: str,
         key: Key | None,
-        run: Callable[[Keeping], Awaitable[T]],
+        run: Callable[[Keeping], Coroutine[Any, Any, T]],
         restore: Callable[[Mapping[str, Any]], T],
     ) -> T:
         """Run an operation to its end even if its client leaves, and once for each key.
@@ -157,7 +157,7 @@ class Core:
         """
         keeping = Keeping(Scope(caller.tenant, session_id), key)
         if key is None:
-            return await self._finish(run(keeping))
+            return await self.finish(run(keeping))
         with journal_errors("the results under idempotency keys can't be read"):
             known = await self._running.join(keeping)
         if isinstance(known, KeyedResult):
@@ -173,13 +173,11 @@ class Core:
                 self._running.over(keeping)
             return result
 
-        return await self._finish(start())
+        return await self.finish(start())
 
-    async def _finish(self, operation: Awaitable[T]) -> T:
-        async def run() -> T:
-            return await operation
-
-        task = asyncio.create_task(run())
+    async def finish(self, operation: Coroutine[Any, Any, T]) -> T:
+        """What an operation gives, which is run to its end even if its caller is cancelled."""
+        task = asyncio.create_task(operation)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)

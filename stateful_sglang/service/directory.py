@@ -85,11 +85,6 @@ class Directory:
         return len(self._residents)
 
     @property
-    def residents(self) -> list[Resident]:
-        """Those in memory, the last used last."""
-        return list(self._residents.values())
-
-    @property
     def tokens(self) -> int:
         """What the sessions in memory hold, as a number of tokens."""
         return sum(each.tokens for each in self._residents.values())

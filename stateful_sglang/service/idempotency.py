@@ -49,7 +49,7 @@ class _Started(Generic[T]):
     value: asyncio.Future[T]
 
 
-class InFlight(Generic[T]):
+class KeyedWork(Generic[T]):
     """What was started under a key and isn't over; values of one kind."""
 
     def __init__(self, journal: Journal) -> None:

@@ -81,18 +81,12 @@ class Planner:
                     "there is nothing to answer: every message of this session is "
                     "answered; append one",
                 )
-            head, messages, rendered = self._rendered(session, messages)
+            head, messages, rendered = self._behind(tip, messages)
         else:
             rendered = self._raw(session, content)
         if not rendered.delta:
             raise InvalidInputError(_field(content), "nothing to append: it has no tokens")
-        left = self.tokens_left(rendered.base_len)
-        if len(rendered.delta) > left:
-            raise ContextOverflowError(
-                delta_tokens=len(rendered.delta),
-                tokens_left=left,
-                context_length=self._engine.context_length,
-            )
+        self._check_fits(rendered)
         return PlannedTurn(
             rendered.base_len, rendered.delta, rendered.rewind_reason, head, messages
         )
@@ -106,10 +100,10 @@ class Planner:
         Raises:
             InvalidInputError: They can't be rendered.
         """
-        head, messages, now = self._rendered(session, pending)
+        head, messages, now = self._behind(session.tip, pending)
         length = len(now.delta)
         for then in followers(pending):
-            _, _, more = self._rendered(session, [*pending, then])
+            _, _, more = self._behind(session.tip, [*pending, then])
             if more.base_len != now.base_len:
                 return None
             length = min(length, common_prefix(now.delta, more.delta))
@@ -124,7 +118,9 @@ class Planner:
             InvalidInputError: They can't be rendered.
             ContextOverflowError: They don't fit.
         """
-        rendered = self._behind(parent, pending)[2]
+        self._check_fits(self._behind(parent, pending)[2])
+
+    def _check_fits(self, rendered: RenderedDelta) -> None:
         left = self.tokens_left(rendered.base_len)
         if len(rendered.delta) > left:
             raise ContextOverflowError(
@@ -132,11 +128,6 @@ class Planner:
                 tokens_left=left,
                 context_length=self._engine.context_length,
             )
-
-    def _rendered(
-        self, session: Session, messages: Sequence[Message]
-    ) -> tuple[Head, Sequence[Message], RenderedDelta]:
-        return self._behind(session.tip, messages)
 
     def _behind(
         self, commit: Commit, messages: Sequence[Message]

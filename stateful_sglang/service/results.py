@@ -100,8 +100,8 @@ class SessionEvent(NamedTuple):
     """Something that happened to a session."""
 
     name: str
-    """``turn.started``, ``turn.committed``, ``turn.failed``, ``ingested``, ``rolled_back``,
-    ``edited``, ``forked``, ``touched``, ``closed``, ``expired`` or ``lagged``."""
+    """``listening``, ``turn.started``, ``turn.committed``, ``turn.failed``, ``ingested``,
+    ``rolled_back``, ``edited``, ``forked``, ``touched``, ``closed``, ``expired`` or ``lagged``."""
     data: Mapping[str, Any]
     """As JSON has it; with the session's version."""
 

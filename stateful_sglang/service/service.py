@@ -12,6 +12,7 @@ from typing import Any
 
 from stateful_sglang.rendering.delta import DeltaRenderer
 from stateful_sglang.service import exchange
+from stateful_sglang.service.appends import Appends
 from stateful_sglang.service.changes import Changes
 from stateful_sglang.service.commands import (
     Append,
@@ -25,15 +26,13 @@ from stateful_sglang.service.commands import (
     Rollback,
     Touch,
 )
-from stateful_sglang.service.commits import AcceptedAppend, Committer
+from stateful_sglang.service.commits import Committer
 from stateful_sglang.service.core import Core, Limits, journal_errors, view_from
-from stateful_sglang.service.directory import Resident
-from stateful_sglang.service.engine import EngineError, TurnEngine, TurnProgress, TurnRequest
+from stateful_sglang.service.engine import EngineError, TurnEngine
 from stateful_sglang.service.events import MAX_LISTENERS
 from stateful_sglang.service.failures import not_done
-from stateful_sglang.service.idempotency import InFlight, Keeping, Scope
-from stateful_sglang.service.observe import NullObserver, Observer, Outcome
-from stateful_sglang.service.plan import Planner, constrained_by
+from stateful_sglang.service.observe import NullObserver, Observer
+from stateful_sglang.service.plan import Planner
 from stateful_sglang.service.results import (
     Closed,
     Ingested,
@@ -41,20 +40,12 @@ from stateful_sglang.service.results import (
     SessionList,
     SessionMessages,
     SessionView,
-    TurnResult,
-    from_json,
 )
-from stateful_sglang.service.turns import KeptTurn, RunningTurn, TurnReader
+from stateful_sglang.service.turns import TurnReader
 from stateful_sglang.session.errors import (
-    CommitFailedError,
-    SessionClosedError,
-    SessionError,
     TooManyRequestsError,
-    TurnAbortedError,
 )
-from stateful_sglang.session.ids import new_rid
 from stateful_sglang.session.journal.base import Journal, SessionQuery
-from stateful_sglang.session.records import KeyedResult
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +76,7 @@ class SessionService:
         self._planner = Planner(engine, renderer)
         self._core = Core(engine, self._planner, journal, limits, observer or NullObserver())
         self._changes = Changes(self._core)
-        self._committer = Committer(engine, journal, renderer)
-        self._turns: InFlight[RunningTurn] = InFlight(journal)
-        self._running: set[RunningTurn] = set()
+        self._appends = Appends(self._core, Committer(engine, journal, renderer))
         self._maintenance: asyncio.Task[None] | None = None
         self.max_body_bytes = limits.max_body_bytes or max(1 << 20, 32 * engine.context_length)
 
@@ -149,7 +138,7 @@ class SessionService:
             vocab_size=self._engine.vocab_size,
             accept_other_model=accept_other_model,
         )
-        run = partial(self._changes.adopt, caller, session)
+        run = partial(self._changes.add, caller, session)
         return await self._core.once(caller, "", key, run, view_from)
 
     # ---- Reading ----
@@ -233,147 +222,13 @@ class SessionService:
             SessionError: What is wrong with the request, before the engine has seen any of it.
         """
         self._maintain()
-        self._core.check_accepting()
-        arrived = time.perf_counter()
-        keeping = Keeping(Scope(caller.tenant, session_id), command.writing.key)
-        start = partial(self._start, caller, session_id, command, keeping, arrived)
-        if keeping.key is None:
-            return (await start()).reader()
-        while True:
-            with journal_errors("the results under idempotency keys can't be read"):
-                known = await self._turns.join(keeping)
-            if known is None:
-                return (await self._turns.start(keeping, start)).reader()
-            if isinstance(known, KeyedResult):
-                return KeptTurn(from_json(known.result))
-            if not known.aborting and not known.ended:
-                return known.reader()
-            await known.wait()
-            if known.committed:
-                return KeptTurn(await known.result())
-
-    async def _start(
-        self, caller: Caller, session_id: str, command: Append, keeping: Keeping, arrived: float
-    ) -> RunningTurn:
-        async with self._core.directory.use(caller, session_id) as resident:
-            if command.ephemeral:
-                self._core.check_version(resident.session, command.writing.expected_version)
-                return await self._run(caller, resident, command, keeping, arrived)
-            await self._core.take(resident, command.writing)
-            try:
-                return await self._run(caller, resident, command, keeping, arrived)
-            except BaseException:
-                resident.writer.give_back()
-                raise
-
-    async def _run(
-        self,
-        caller: Caller,
-        resident: Resident,
-        command: Append,
-        keeping: Keeping,
-        arrived: float,
-    ) -> RunningTurn:
-        session = resident.session
-        constraint = await self._planner.constraint(command, session.tip.conversation.head)
-        # From here to the turn's task nothing waits, so that the tip stays what it is.
-        tip = session.tip
-        plan = self._planner.plan(session, command.content)
-        sampling = self._planner.sampling(command.sampling, plan)
-        accepted = AcceptedAppend(
-            resident,
-            command,
-            plan,
-            sampling.max_tokens or 0,
-            arrived,
-            keeping,
-            tip.version,
-            len(tip.transcript),
-        )
-
-        def request() -> TurnRequest:
-            ephemeral = command.ephemeral
-            base_len, delta = session.offer(plan, tip) if ephemeral else session.begin(plan)
-            return TurnRequest(
-                session.id,
-                new_rid(),
-                base_len,
-                delta,
-                sampling,
-                constraint,
-                command.stream,
-                "ephemeral" if ephemeral else "turn",
-                caller.salt,
-            )
-
-        async def commit(last: TurnProgress, first_token_at: float) -> TurnResult:
-            return await self._committer.commit(accepted, last, first_token_at)
-
-        def release(error: SessionError | None) -> None:
-            self._running.discard(turn)
-            if command.ephemeral:
-                resident.beside.discard(turn)
-            else:
-                resident.turn = None
-                resident.writer.give_back()
-                self._tell_end(resident, error)
-            self._turns.over(keeping)
-            self._core.observer.turn_ended(
-                _outcome(error, ephemeral=command.ephemeral),
-                time.perf_counter() - arrived,
-                turn.ttft_s(arrived),
-                turn.generated_tokens,
-            )
-            if resident.recovering and error is None:
-                resident.recovering = False
-                self._core.observer.recovered(turn.ttft_s(arrived) or 0.0)
-
-        def on_stale() -> None:
-            session.held_len = 0
-
-        turn = RunningTurn(
-            self._engine,
-            request,
-            commit=commit,
-            release=release,
-            constraint=constrained_by(command),
-            detached=command.detach,
-            on_stale=on_stale,
-        )
-        self._running.add(turn)
-        if command.ephemeral:
-            resident.beside.add(turn)
-        else:
-            resident.turn = turn
-            self._core.events.tell(session.id, "turn.started", version=session.version)
-        return turn
-
-    def _tell_end(self, resident: Resident, error: SessionError | None) -> None:
-        session = resident.session
-        if error is None:
-            tip = session.tip
-            self._core.events.tell(
-                session.id,
-                "turn.committed",
-                version=tip.version,
-                finish_reason=tip.finish_reason,
-                tokens=len(tip.transcript),
-            )
-        else:
-            self._core.events.tell(
-                session.id, "turn.failed", version=session.version, error=error.kind
-            )
+        return await self._appends.append(caller, session_id, command)
 
     # ---- The server's life ----
 
     def begin_drain(self) -> None:
         """Start nothing more; what runs goes on."""
         self._core.draining = True
-
-    async def drained(self) -> None:
-        """Until no turn runs."""
-        while self._running:
-            await asyncio.gather(*(turn.wait() for turn in self._running))
 
     async def shutdown(self, bound_s: float = 30.0) -> None:
         """Let running turns commit, abort those that take longer, and close the journal.
@@ -384,10 +239,9 @@ class SessionService:
         self.begin_drain()
         with suppress(TimeoutError):
             async with asyncio.timeout(bound_s):
-                await self.drained()
-        for turn in list(self._running):
-            turn.cancel()
-        await self.drained()
+                await self._appends.ended()
+        self._appends.cancel()
+        await self._appends.ended()
         if self._maintenance is not None:
             self._maintenance.cancel()
         await self._core.journal.close()
@@ -413,11 +267,3 @@ class SessionService:
         self._core.observer.journal(stats)
         self._core.observer.sessions("memory", here)
         self._core.observer.sessions("journal", max(0, stats.sessions - here))
-
-
-def _outcome(error: SessionError | None, *, ephemeral: bool) -> Outcome:
-    if error is None:
-        return "ephemeral" if ephemeral else "committed"
-    if isinstance(error, CommitFailedError):
-        return "unrecorded"
-    return "aborted" if isinstance(error, TurnAbortedError | SessionClosedError) else "failed"
