@@ -159,7 +159,7 @@ class Planner:
 
     def _raw(self, session: Session, content: NewText | NewTokens) -> RenderedDelta:
         field, tip = _field(content), session.tip
-        if not tip.version and (opened_with := _opened_with(session)):
+        if not len(tip.transcript) and (opened_with := _opened_with(session)):
             raise InvalidInputError(
                 field,
                 f"this session was opened with {' and '.join(opened_with)}, which the first append "

@@ -21,6 +21,8 @@ from stateful_sglang.service.commands import (
     Key,
     ListSessions,
     NewMessages,
+    NewText,
+    NewTokens,
     OpenSession,
     Rollback,
     Touch,
@@ -464,6 +466,23 @@ async def test_a_result_for_no_call_or_for_one_that_has_it_is_refused() -> None:
     await service.ingest(session, Ingest((result("c1", "x"),)))
     with pytest.raises(errors.InvalidInputError, match="has its result"):
         await service.ingest(session, Ingest((result("c1", "y"),)))
+
+
+@pytest.mark.parametrize("content", [NewText("once"), NewTokens([40, 41])])
+async def test_raw_content_cannot_come_before_what_an_ingest_or_an_edit_left_to_render(
+    content: NewText | NewTokens,
+) -> None:
+    engine = EngineDouble()
+    service = OneTenant(engine)
+    ingested, edited = await opened(service, system="S"), await opened(service)
+    await service.ingest(ingested, Ingest((user("first"),)))
+    await answer(service, edited, say("one"))
+    await service.edit(edited, Edit(after=0, messages=(user("in short"),)))
+    for session in (ingested, edited):
+        with pytest.raises(errors.InvalidInputError, match="messages"):
+            await service.append(session, Append(content))
+        await answer(service, session, Append(None, Sampling(max_tokens=4)))
+        await answer(service, session, Append(content, Sampling(max_tokens=4)))
 
 
 async def test_there_must_be_something_to_answer() -> None:
