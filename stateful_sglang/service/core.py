@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from stateful_sglang.rendering.content import ContentTokens
@@ -33,6 +34,7 @@ T = TypeVar("T")
 _GRACE_S = 0.05
 """How long a caller that will not wait still waits: the turn that is in its way may be one whose
 client is gone, which takes a moment to be noticed."""
+_GRACE_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class Core:
         self.draining = False
         self._running: KeyedWork[Any] = KeyedWork(journal)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._left: set[asyncio.Task[Any] | None] = set()
+        """Of those, the ones whose callers are gone."""
 
     def check_accepting(self) -> None:
         """Raise `DrainingError` once the server is about to stop."""
@@ -91,14 +95,10 @@ class Core:
             VersionMismatchError: The session is at another version than expected.
             SessionClosedError: It was closed meanwhile.
         """
-        place, turn = resident.writer, resident.turn
+        place = resident.writer
         began = time.perf_counter() if place.held else None
-        if writing.on_busy == "wait":
-            taken = await place.take(writing.wait_s)
-        else:
-            taken = await place.take(_GRACE_S)
-            if not taken and turn is not None and turn.aborting:
-                taken = await place.take(writing.wait_s)
+        wait_s = writing.wait_s if writing.on_busy == "wait" else _GRACE_S
+        taken = await place.take(wait_s, partial(self._was_left, resident))
         if began is not None:
             self.observer.waited(time.perf_counter() - began)
         if not taken:
@@ -109,6 +109,18 @@ class Core:
         except VersionMismatchError:
             place.give_back()
             raise
+
+    async def _was_left(self, resident: Resident) -> bool:
+        """Whether nobody waits any more for what its writer does: it ends by itself, and whoever
+        comes next isn't refused for it, however long that takes."""
+        # A moment counted in steps of the loop: one that was stalled has the timers of those who
+        # wait fire before it reads that a connection has ended.
+        for _ in range(_GRACE_STEPS):
+            turn, task = resident.turn, resident.writing
+            if (turn is not None and turn.aborting) or task in self._left:
+                return True
+            await asyncio.sleep(0)
+        return False
 
     def check_version(self, session: Session, expected: int | None) -> None:
         """Raise `VersionMismatchError` where the caller expected another version."""
@@ -122,9 +134,11 @@ class Core:
         """The session, with the caller as its writer."""
         async with self.directory.use(caller, session_id) as resident:
             await self.take(resident, writing)
+            resident.writing = asyncio.current_task()
             try:
                 yield resident
             finally:
+                resident.writing = None
                 resident.writer.give_back()
 
     @asynccontextmanager
@@ -180,7 +194,13 @@ class Core:
         task = asyncio.create_task(operation)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.done():
+                self._left.add(task)
+                task.add_done_callback(self._left.discard)
+            raise
 
     async def expire(self, session_id: str) -> None:
         """End a session that nobody uses any more.

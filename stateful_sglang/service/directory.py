@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from stateful_sglang.service.commands import Caller
 from stateful_sglang.service.engine import TurnEngine
@@ -39,6 +40,8 @@ class Resident:
     writer: WriterPlace = field(default_factory=WriterPlace)
     turn: RunningTurn | None = None
     """The writer's, while one runs."""
+    writing: asyncio.Task[Any] | None = None
+    """What the writer runs in, where it changes the session without a turn."""
     beside: set[RunningTurn] = field(default_factory=set)
     """Ephemeral turns under way."""
     recovering: bool = False

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Awaitable, Callable
 
 from stateful_sglang.session.errors import SessionError, TooManyRequestsError
 
 MAX_WAITING = 64
 """Callers that may wait for one session: each holds its request's body meanwhile."""
+_LONGER_S = 0.05
 
 
 class WriterPlace:
@@ -24,10 +26,17 @@ class WriterPlace:
         """Whether somebody holds the place."""
         return self._held
 
-    async def take(self, wait_s: float) -> bool:
+    async def take(
+        self, wait_s: float, longer: Callable[[], Awaitable[bool]] | None = None
+    ) -> bool:
         """Take the place, or wait for it; False where that took longer than `wait_s` seconds.
 
         A caller that is cancelled while it waits has lost nothing and holds nothing.
+
+        Args:
+            wait_s: How long.
+            longer: Asked after that, and from then on every moment, whether to wait on all the
+                same; the caller stays where it is in line.
 
         Raises:
             TooManyRequestsError: As many as may wait already.
@@ -45,14 +54,16 @@ class WriterPlace:
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
-            async with asyncio.timeout(wait_s):
-                await turn
-        except TimeoutError:
-            self._leave(turn)
-            return False
+            await asyncio.wait({turn}, timeout=wait_s)
+            while not turn.done():
+                if (longer is None or not await longer()) and not turn.done():
+                    self._leave(turn)
+                    return False
+                await asyncio.wait({turn}, timeout=_LONGER_S)
         except asyncio.CancelledError:
             self._leave(turn)
             raise
+        turn.result()
         if self._closed is not None:
             self.give_back()
             raise self._closed
