@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -170,7 +169,6 @@ class Recorded(RuleBasedStateMachine):
             self.same(session)
         for (scope, key), kept in self.results.items():
             assert self.do(self.journal.result("default", scope, key)) == kept
-        gc.collect()
 
     def same(self, session: str) -> None:
         expected = self.histories[session]
