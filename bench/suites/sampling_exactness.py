@@ -25,7 +25,7 @@ from bench.engines.ours import BIASED, launched
 from bench.harness import http
 from bench.harness.figures import report
 from bench.harness.options import PEERS, Json, ServerArguments
-from bench.harness.rounds import say
+from bench.harness.rounds import progress
 from bench.harness.server import Server
 from bench.workloads.prompts import SAMPLED
 
@@ -60,7 +60,7 @@ class Comparison(NamedTuple):
     p: float
 
 
-def draw(server: Server, samples: int) -> Sample:
+def draw(server: Server, samples: int, name: str) -> Sample:
     """Sample at least `samples` continuations, the same number of each prompt."""
     each = -(-samples // (len(SAMPLED) * GROUP))
     texts: list[Counter[Text]] = [Counter() for _ in SAMPLED]
@@ -84,7 +84,10 @@ def draw(server: Server, samples: int) -> Sample:
         http.client(server.url) as client,
         ThreadPoolExecutor(PARALLEL) as pool,
     ):
-        for prompt, outputs in pool.map(request, range(each * len(SAMPLED))):
+        requests = range(each * len(SAMPLED))
+        replies = pool.map(request, requests)
+        for _ in progress(requests, name):
+            prompt, outputs = next(replies)
             for output in outputs:
                 ids: list[int] = output["output_ids"]  # type: ignore[assignment]
                 meta: dict[str, int] = output["meta_info"]  # type: ignore[assignment]
@@ -140,8 +143,7 @@ def main(
         with arm.start(setting) as running:
             # A bias this large shows in fewer samples.
             share = 4 if arm.name == "biased" else 1
-            drawn[arm.name] = draw(running.server, samples // share)
-        say(f"{arm.name}: sampled")
+            drawn[arm.name] = draw(running.server, samples // share, arm.name)
 
     table = Table("server", "samples", "tokens a step", "chi-square", "degrees", "p", "verdict")
     figures: dict[str, float] = {"samples": samples}
