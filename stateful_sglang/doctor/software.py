@@ -12,6 +12,7 @@ from pathlib import Path
 from stateful_sglang import SGLANG_VERSION, __version__
 from stateful_sglang.doctor.finding import INSTALL, REQUIREMENTS, Finding, version_of
 from stateful_sglang.runtime import options
+from stateful_sglang.runtime.declarations import OptionError
 
 SHOWN_PACKAGES = ("transformers", "torchvision", "xgrammar", "numpy")
 
@@ -72,7 +73,7 @@ def settings() -> Finding:
     known = {name.removeprefix(options.PREFIX): name for name in options.VARIABLES}
     try:
         left_over = options.Options.from_env() is not None
-    except options.OptionError as error:
+    except OptionError as error:
         return Finding("settings", "fail", str(error), f"unset {options.ENV}")
     if left_over:
         return Finding(

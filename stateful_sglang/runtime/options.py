@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 from stateful_sglang import cache_folder
 from stateful_sglang.draft import sources
 from stateful_sglang.prefix import policies
 from stateful_sglang.rendering.content import ContentTokens
+from stateful_sglang.runtime.declarations import Bounds, Declared, OptionError, about, declarations
+from stateful_sglang.session.records import MAX_TTL_S
 
 PREFIX = "STATEFUL_SGLANG_"
 ENV = f"{PREFIX}CONFIG"
@@ -36,43 +38,6 @@ VARIABLES: Mapping[str, str] = {
 JournalSync = Literal["full", "normal"]
 
 
-class OptionError(ValueError):
-    """A value that an option does not take; the message says which, and what it takes."""
-
-
-class Bounds(NamedTuple):
-    """Numbers that an option takes."""
-
-    low: float
-    high: float
-    """Included."""
-    expected: str
-    """End of the error's sentence: what was expected, and what to do."""
-
-
-class Option(NamedTuple):
-    """What is declared of one option beside its name and its default."""
-
-    help: str | Callable[[], str]
-    """Without the default; a function where it lists what a registry holds."""
-    metavar: str | None = None
-    choices: Callable[[], Sequence[str]] | None = None
-    """A function, so that a registry is asked when it is needed."""
-    bounds: Bounds | None = None
-    kind: type | None = None
-    """Of its values, where the default is None; else the default's."""
-    default_note: str = ""
-    """What a default stands for, where its name does not tell."""
-    settable: bool = True
-    """Can be given on the command line; else the launcher finds out."""
-    travels: bool = True
-    """Processes of the server need it as well."""
-
-
-def _about(help: str | Callable[[], str], **more: Any) -> dict[str, Option]:
-    return {"option": Option(help, **more)}
-
-
 @dataclass(frozen=True)
 class Options:
     """What was chosen for one server.
@@ -83,11 +48,11 @@ class Options:
 
     stateful: bool = field(
         default=True,
-        metadata=_about("off: plain SGLang, with the same CPU support"),
+        metadata=about("off: plain SGLang, with the same CPU support"),
     )
     pin_budget: float = field(
         default=0.5,
-        metadata=_about(
+        metadata=about(
             "largest share of the KV pool, 0 to 1, that sessions pin",
             metavar="SHARE",
             bounds=Bounds(
@@ -97,14 +62,14 @@ class Options:
     )
     eviction_policy: str = field(
         default=policies.DEFAULT,
-        metadata=_about(
+        metadata=about(
             lambda: f"what leaves the KV pool first. {policies.POLICIES.summaries()}",
             choices=lambda: tuple(policies.POLICIES),
         ),
     )
     draft: str = field(
         default=sources.AUTO,
-        metadata=_about(
+        metadata=about(
             lambda: f"where drafts come from. {sources.SOURCES.summaries()}; off: no drafts",
             choices=lambda: sources.CHOICES,
             default_note=f", which is {sources.DEFAULT}",
@@ -112,7 +77,7 @@ class Options:
     )
     max_draft: int = field(
         default=8,
-        metadata=_about(
+        metadata=about(
             "most tokens drafted for a request in one step",
             metavar="TOKENS",
             bounds=Bounds(1, 64, "expected 1 to 64 tokens. To draft nothing, use --draft off"),
@@ -120,7 +85,7 @@ class Options:
     )
     content_tokens: ContentTokens = field(
         default="text",
-        metadata=_about(
+        metadata=about(
             "what a special token that is spelled in a message or a tool's result becomes: text, "
             "or that token, so that whoever wrote it can open and close turns",
             choices=lambda: get_args(ContentTokens),
@@ -128,14 +93,14 @@ class Options:
     )
     cpu_quant: str = field(
         default="off",
-        metadata=_about(
+        metadata=about(
             "without a GPU: round weights to int8, half the memory to read and no longer exact",
             choices=lambda: ("off", "int8"),
         ),
     )
     restart: str = field(
         default="never",
-        metadata=_about(
+        metadata=about(
             "on-crash: start the server again when one of its processes has died, with growing "
             "delays; clients that repeat their requests notice a delay only",
             choices=lambda: ("never", "on-crash"),
@@ -143,7 +108,7 @@ class Options:
     )
     drain_s: int = field(
         default=30,
-        metadata=_about(
+        metadata=about(
             "longest time that running turns have to end after SIGTERM or Ctrl-C, while new ones "
             "are refused; a second signal ends the server at once",
             metavar="SECONDS",
@@ -152,11 +117,11 @@ class Options:
     )
     metrics: bool = field(
         default=True,
-        metadata=_about("off: no /metrics, unless SGLang's --enable-metrics asks for it"),
+        metadata=about("off: no /metrics, unless SGLang's --enable-metrics asks for it"),
     )
     cache_dir: Path | None = field(
         default=None,
-        metadata=_about(
+        metadata=about(
             "where converted models and compiled kernels are kept",
             metavar="DIR",
             kind=Path,
@@ -165,7 +130,7 @@ class Options:
     )
     keys: Path | None = field(
         default=None,
-        metadata=_about(
+        metadata=about(
             "the file of API keys, as stateful-sglang keys makes it; off: no keys; without the "
             "option, keys.json in the cache folder, where that is there",
             metavar="FILE",
@@ -175,7 +140,7 @@ class Options:
     )
     allow_host: tuple[str, ...] = field(
         default=(),
-        metadata=_about(
+        metadata=about(
             "a further name that the server answers under, beside loopback and the address that it "
             "listens on; commas between several; *: any",
             metavar="NAME",
@@ -184,7 +149,7 @@ class Options:
     )
     allow_origin: tuple[str, ...] = field(
         default=(),
-        metadata=_about(
+        metadata=about(
             "pages of another origin that may use the server, as https://host:port; commas between "
             "several; null: pages without one; *: any page",
             metavar="ORIGIN",
@@ -193,14 +158,25 @@ class Options:
     )
     insecure: bool = field(
         default=False,
-        metadata=_about(
+        metadata=about(
             "on: listen beyond this machine without keys, for whoever can reach it",
             travels=False,
         ),
     )
+    session_ttl_s: int = field(
+        default=24 * 3600,
+        metadata=about(
+            "seconds without a use after which a session expires that names no ttl_s of its own; "
+            "0: none does",
+            metavar="SECONDS",
+            bounds=Bounds(
+                0, MAX_TTL_S, f"expected 1 to {MAX_TTL_S} seconds, or 0 to keep what names no ttl_s"
+            ),
+        ),
+    )
     journal: str | None = field(
         default=None,
-        metadata=_about(
+        metadata=about(
             "file that sessions are recorded in, by default journal.sqlite3 in the cache folder; "
             "off: they are lost with the server",
             metavar="PATH",
@@ -209,7 +185,7 @@ class Options:
     )
     journal_sync: JournalSync = field(
         default="full",
-        metadata=_about(
+        metadata=about(
             "full: a turn is on the disk before it is answered; normal: it survives the server's "
             "end, and may be lost with the machine's power",
             choices=lambda: get_args(JournalSync),
@@ -217,7 +193,7 @@ class Options:
     )
     journal_max_gb: float = field(
         default=16.0,
-        metadata=_about(
+        metadata=about(
             "GiB that the journal's files may take, beyond which nothing new is recorded",
             metavar="GIB",
             bounds=Bounds(
@@ -227,7 +203,7 @@ class Options:
     )
     quiet: bool = field(
         default=False,
-        metadata=_about(
+        metadata=about(
             "the user chose no log level: leave out what every start repeats",
             settable=False,
         ),
@@ -270,69 +246,9 @@ class Options:
             raise OptionError(f"{ENV}: {error}") from error
 
 
-class Declared(NamedTuple):
-    """One option with all that follows from its field."""
-
-    name: str
-    default: Any
-    kind: type
-    """Of its values: bool, int, float, str, Path, or tuple, which is of strings."""
-    option: Option
-
-    @property
-    def flag(self) -> str:
-        """How it is written on the command line."""
-        return "--" + self.name.replace("_", "-")
-
-    @property
-    def help(self) -> str:
-        """Its help text, without the default."""
-        text = self.option.help
-        return text if isinstance(text, str) else text()
-
-    @property
-    def choices(self) -> tuple[str, ...] | None:
-        """The words it takes on the command line; None where it takes more than a few."""
-        if self.kind is bool:
-            return ("on", "off")
-        return None if self.option.choices is None else tuple(self.option.choices())
-
-    @property
-    def shown_default(self) -> str:
-        """The default as a person would write it; empty where there is none."""
-        if self.default in (None, ()):
-            return ""
-        if self.kind is bool:
-            return "on" if self.default else "off"
-        return str(self.default)
-
-    def problem(self, value: Any) -> str | None:
-        """Why the option does not take this value; None where it does."""
-        if value is None and self.default is None:
-            return None
-        accepted: Any = (int, float) if self.kind is float else self.kind
-        if not isinstance(value, accepted) or (type(value) is bool) != (self.kind is bool):
-            return f"{self.flag} is {value!r}; expected a value of type {self.kind.__name__}"
-        bounds = self.option.bounds
-        if bounds is not None and not bounds.low <= value <= bounds.high:
-            return f"{self.flag} is {value}; {bounds.expected}"
-        if self.option.choices is not None and value not in self.option.choices():
-            known = ", ".join(self.option.choices())
-            return f"{self.flag} is {value!r}; expected one of {known}"
-        return None
-
-
 def declared() -> tuple[Declared, ...]:
     """Every option, in the order in which help and docs list them."""
     return _DECLARED
 
 
-_DECLARED = tuple(
-    Declared(
-        each.name,
-        each.default,
-        each.metadata["option"].kind or type(each.default),
-        each.metadata["option"],
-    )
-    for each in fields(Options)
-)
+_DECLARED = declarations(Options)

@@ -91,7 +91,9 @@ def _stateful_client(app: Any, server_args: Any, options: Options, drain: Drain)
     access_log.install()
     drain.attach(app)
     journal = open_journal(options)
-    limits = Limits(content_tokens=options.content_tokens)
+    limits = Limits(
+        content_tokens=options.content_tokens, default_ttl_s=options.session_ttl_s or None
+    )
 
     def follow(manager: Any) -> None:
         # Made here at the earliest: SGLang has set up the figures of several processes by now.

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from stateful_sglang.runtime.options import Declared, OptionError, Options, declared
+from stateful_sglang.runtime.declarations import Declared, OptionError
+from stateful_sglang.runtime.options import Options, declared
 from stateful_sglang.server.address import DEFAULT_HOST, DEFAULT_PORT
 from stateful_sglang.server.errors import LaunchError
 

@@ -62,7 +62,7 @@ def tenants(
     path = tmp_path_factory.mktemp("keys") / "keys.json"
     keys = {name: keys_file.add(path, name, admin=name == "ops")[1] for name in NAMES}
     salts = [tenant.salt for tenant in keys_file.read(path).tenants.values()]
-    with serve(*server_arguments, "--keys", str(path)) as server:
+    with serve(*server_arguments, "--keys", str(path), "--session-ttl-s", "7200") as server:
         clients = [_client(server, keys[name]) for name in NAMES]
         with closing(clients[0]), closing(clients[1]), closing(clients[2]):
             yield Tenants(server, path, *clients, secrets=(*keys.values(), *salts))
@@ -92,6 +92,11 @@ def test_kv_is_found_inside_a_tenant_and_by_no_other(tenants: Tenants) -> None:
     assert cached(tenants.bolt, PROMPT)[0] == 0
     assert cached(tenants.bolt, PROMPT)[0] > 400
     assert cached(tenants.ops, PROMPT)[0] == 0
+
+
+def test_sessions_that_name_no_time_to_live_have_the_servers(tenants: Tenants) -> None:
+    opened = [tenants.acme.post("/v1/sessions", json=body).json() for body in ({}, {"ttl_s": 60})]
+    assert [each["ttl_s"] for each in opened] == [7200, 60]
 
 
 def test_a_clients_own_salt_narrows_and_never_widens(tenants: Tenants) -> None:

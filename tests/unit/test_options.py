@@ -16,15 +16,8 @@ from stateful_sglang.doctor import software
 from stateful_sglang.prefix import policies
 from stateful_sglang.registry import Entry, Registry
 from stateful_sglang.runtime import plugin
-from stateful_sglang.runtime.options import (
-    ENV,
-    PREFIX,
-    VARIABLES,
-    Declared,
-    OptionError,
-    Options,
-    declared,
-)
+from stateful_sglang.runtime.declarations import Declared, OptionError
+from stateful_sglang.runtime.options import ENV, PREFIX, VARIABLES, Options, declared
 from stateful_sglang.server import parser
 from stateful_sglang.server.errors import LaunchError
 
