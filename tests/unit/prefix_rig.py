@@ -86,6 +86,7 @@ class Rig:
         eviction_policy: str = policies.DEFAULT,
         tree_of: Any = None,
         made: CacheInitParams | None = None,
+        publish_budget: float = 0.1,
     ) -> None:
         made = made or params(pool_tokens, page_size)
         self.pool_tokens = pool_tokens
@@ -102,7 +103,12 @@ class Rig:
         self.tree = (
             tree_of(made)
             if tree_of
-            else CardinalPrefixTree(made, pin_budget=pin_budget, eviction_policy=eviction_policy)
+            else CardinalPrefixTree(
+                made,
+                pin_budget=pin_budget,
+                eviction_policy=eviction_policy,
+                publish_budget=publish_budget,
+            )
         )
         if isinstance(self.tree, CardinalPrefixTree):
             self.tree.bind_sessions(self.turns.get)

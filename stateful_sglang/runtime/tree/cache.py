@@ -9,15 +9,18 @@ order of eviction and never lock anything: admission and SGLang's leak check see
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from sglang.srt.mem_cache.base_prefix_cache import (
+    InsertParams,
+    InsertResult,
     MatchPrefixParams,
     MatchResult,
 )
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.registry import (
     TreeCacheBuildContext,
     create_unified_radix_cache,
@@ -34,11 +37,12 @@ from stateful_sglang.attachments.check import Attachment
 from stateful_sglang.prefix import policies
 from stateful_sglang.prefix.pins import pin_budget_tokens
 from stateful_sglang.runtime.tree import core as component
-from stateful_sglang.runtime.tree import describe, ends
+from stateful_sglang.runtime.tree import describe, ends, publishing
 from stateful_sglang.runtime.tree.core import CardinalFullComponent, CardinalTreeCore
 from stateful_sglang.runtime.tree.describe import SUMMARY_NODES, NodeInfo
 from stateful_sglang.runtime.tree.ends import ended_well
 from stateful_sglang.runtime.tree.leaves import Leaves, Turn
+from stateful_sglang.runtime.tree.publishing import Publishing
 
 BACKEND = "cardinal"
 """Name under which the tree and its core are registered with SGLang."""
@@ -49,6 +53,7 @@ _REQ = "sglang.srt.managers.schedule_batch.Req"
 ATTACHMENTS = (
     *component.ATTACHMENTS,
     *ends.ATTACHMENTS,
+    *publishing.ATTACHMENTS,
     Attachment(
         f"{_CACHE}.registry.register_radix_cache_backend",
         "registry",
@@ -97,8 +102,13 @@ ATTACHMENTS = (
     ),
     Attachment(
         f"{_TREE}.touch_prefix",
-        "relies",
+        "subclass",
         "waiting requests are matched past match_prefix: recency rises, no session's leaf moves",
+    ),
+    Attachment(
+        f"{_TREE}.insert",
+        "subclass",
+        "every key that comes into the tree: a node ends where its published part does",
     ),
     Attachment(
         "sglang.srt.managers.schedule_policy.SchedulePolicy._touch_waiting_prefixes",
@@ -166,6 +176,7 @@ class CardinalPrefixTree(UnifiedRadixCache):
         *,
         pin_budget: float = 0.5,
         eviction_policy: str = policies.DEFAULT,
+        publish_budget: float = 0.1,
     ) -> None:
         """Build an empty tree.
 
@@ -173,6 +184,7 @@ class CardinalPrefixTree(UnifiedRadixCache):
             params: SGLang's; its component overrides and tree core are replaced by ours.
             pin_budget: Share of the KV pool, 0 to 1, that pinned sessions may claim.
             eviction_policy: Name of the order in which nodes are evicted.
+            publish_budget: Share of the KV pool, 0 to 1, that published prefixes may have.
 
         Raises:
             ValueError: ``pin_budget`` lies outside 0 to 1, or there is no such policy.
@@ -195,6 +207,12 @@ class CardinalPrefixTree(UnifiedRadixCache):
         self._paths.budget = budget if policy.keeps_pins else 0
         self._eviction_policy = eviction_policy
         self._leaves = Leaves(self.tree_core, self._full, self.page_size, self._apply_cache_actions)
+        self._publishing = Publishing(
+            self.tree_core,
+            self._leaves.key_length,
+            self._apply_cache_actions,
+            int(publish_budget * self.token_to_kv_pool_allocator.size_full),
+        )
         self._turn_of: Callable[[str], Turn | None] = lambda rid: None
 
     def bind_sessions(self, turn_of: Callable[[str], Turn | None]) -> None:
@@ -222,10 +240,25 @@ class CardinalPrefixTree(UnifiedRadixCache):
         """A turn ended badly, whatever SGLang said of it at its release: what it left is dead."""
         self._leaves.bury(req)
 
+    def publish(self, prefix_id: str, tokens: Sequence[int]) -> tuple[int, str | None]:
+        """Let requests of all salts share the KV of these tokens from their next match on.
+
+        Returns:
+            How many of them are shared, whole pages, and why they can't be published.
+        """
+        return self._publishing.add(prefix_id, tokens)
+
+    def unpublish(self, prefix_id: str) -> None:
+        """Publish these tokens no longer; their KV stays until eviction needs the room."""
+        self._publishing.remove(prefix_id)
+
     # ---- SGLang's side of a request's life ----
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """Match as SGLang does; a turn's session ends at the turn's base from here on."""
+        if params.req is not None and not self.disable:
+            key = self._publishing.key_of(params.req, params.key)
+            params = dataclasses.replace(params, key=key)
         turn = self._turn_of(params.req.rid) if params.req is not None else None
         if turn is None:
             return super().match_prefix(params)
@@ -233,6 +266,19 @@ class CardinalPrefixTree(UnifiedRadixCache):
             self._leaves.truncate(turn.session_id, turn.base_len)
         result = super().match_prefix(params)
         self._leaves.note_found(params.req, result.device_prefix_len)
+        return result
+
+    def touch_prefix(self, key: RadixKey) -> None:
+        """Count KV that a waiting request will want as used now."""
+        super().touch_prefix(key if self.disable else self._publishing.key(key))
+
+    def insert(self, params: InsertParams) -> InsertResult:
+        """Insert as SGLang does, with the open part that the inserting request was matched with."""
+        if self.disable:
+            return super().insert(params)
+        params.key = self._publishing.inserted_key(params.key)
+        result = super().insert(params)
+        self._publishing.cut(result)
         return result
 
     def checkpoint_into_tree(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
@@ -243,14 +289,16 @@ class CardinalPrefixTree(UnifiedRadixCache):
         nothing: what its prefill left stays, uncounted.
         """
         turn = self._turn_of(req.rid)
+        kept = turn is None or self.disable or not req.finished() or _is_kept(turn, req)
+        if kept:
+            with self._publishing.inserting(req):
+                super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
         if turn is None or self.disable:
-            super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
-        elif not req.finished():
-            super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
+            return
+        if not req.finished():
             if turn.kind != "ephemeral":
-                self._leaves.reclaim_base(turn, req)
-        elif _is_kept(turn, req):
-            super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
+                self._leaves.reclaim_base(turn, req, self._publishing.open_units_of(req))
+        elif kept:
             self._leaves.commit(turn, req)
         else:
             for each in self._components_tuple:
@@ -308,6 +356,8 @@ class CardinalPrefixTree(UnifiedRadixCache):
         """
         wrong = list(self._paths.violations(self.tree_core.nodes()))
         for node in self.tree_core.nodes():
+            if getattr(node.key, "open_len", 0):
+                wrong.append(f"node {node.id}: it is partly published and partly salted")
             depth = node.parent.depth + len(node.key)
             if node.depth != depth:
                 wrong.append(f"node {node.id}: depth {node.depth}, recounted {depth}")
@@ -323,7 +373,9 @@ class CardinalPrefixTree(UnifiedRadixCache):
         self.sanity_check()
 
 
-def register(pin_budget: float = 0.5, eviction_policy: str = policies.DEFAULT) -> None:
+def register(
+    pin_budget: float = 0.5, eviction_policy: str = policies.DEFAULT, publish_budget: float = 0.1
+) -> None:
     """Register the tree with SGLang under the name :data:`BACKEND`.
 
     Raises:
@@ -332,7 +384,12 @@ def register(pin_budget: float = 0.5, eviction_policy: str = policies.DEFAULT) -
     """
     pin_budget_tokens(pin_budget, 0)
     policies.POLICIES.load(eviction_policy)
-    build = partial(CardinalPrefixTree, pin_budget=pin_budget, eviction_policy=eviction_policy)
+    build = partial(
+        CardinalPrefixTree,
+        pin_budget=pin_budget,
+        eviction_policy=eviction_policy,
+        publish_budget=publish_budget,
+    )
     register_radix_cache_backend(BACKEND, partial(_create, build=build))
 
 

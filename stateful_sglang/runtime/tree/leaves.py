@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.unified_cache.cache_action import CacheAction
 from stateful_sglang.prefix.paths import SessionLeaf
 from stateful_sglang.runtime.tree.core import CardinalFullComponent, CardinalNode, CardinalTreeCore
 from stateful_sglang.runtime.tree.describe import locks
+from stateful_sglang.runtime.tree.open_keys import OpenKey
 from stateful_sglang.session.rank import RankTurnKind
 
 
@@ -90,8 +91,11 @@ class Leaves:
         if end := req.kv.cache_protected_len:
             self._paths.commit(turn.session_id, self._core.node_by_id(req.last_node), end)
 
-    def reclaim_base(self, turn: Turn, req: Any) -> None:
-        """Count a session again on a base that had to be recomputed."""
+    def reclaim_base(self, turn: Turn, req: Any, open_units: int) -> None:
+        """Count a session again on a base that had to be recomputed.
+
+        ``open_units`` of the request's key are published.
+        """
         leaf = self._paths.leaves.get(turn.session_id)
         held = leaf.end if leaf else 0
         # The last sampled token's KV is computed with the next turn: a page less is the rule.
@@ -105,6 +109,7 @@ class Leaves:
             is_bigram=self._core.is_eagle,
             cache_salt=req.cache_salt,
         )
+        key = OpenKey.of(key, open_units)
         match = self._core.match_prefix(MatchPrefixParams(key=key))
         self._apply_actions(match.cache_actions)
         node = self._core.node_by_id(match.best_match_node)

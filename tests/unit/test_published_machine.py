@@ -1,0 +1,280 @@
+"""Published prefixes in the tree, whatever happens: salts share what was published and no more."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
+from prefix_rig import RadixKey, Rig
+
+# Two tokens, so that what one publishes is what many begin with.
+TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=12)
+SALTS = st.sampled_from(["a", "b", None])
+
+
+class SaltedRig(Rig):
+    """Knows for whom each KV slot was computed."""
+
+    def __init__(self, page_size: int, budget: float = 1.0) -> None:
+        super().__init__(pool_tokens=96, page_size=page_size, publish_budget=budget)
+        self.computed_for: dict[int, str | None] = {}
+
+    def _compute(self, req: Any, start: int, stop: int) -> None:
+        super()._compute(req, start, stop)
+        slots = self.rows.req_to_token[req.kv.req_pool_idx, start:stop].tolist()
+        self.computed_for.update(dict.fromkeys(slots, req.cache_salt))
+
+
+class PublishedMachine(RuleBasedStateMachine):
+    """A request finds KV of its own salt, and KV of what has been published; nothing else."""
+
+    requests = Bundle("requests")
+    page_size = 1
+
+    @initialize()
+    def build(self) -> None:
+        self.rig = SaltedRig(self.page_size)
+        self.published: dict[str, list[int]] = {}
+        self.ever: list[list[int]] = []
+        self.sessions: dict[str, list[int]] = {}
+        self.busy: set[str] = set()
+        self.made = 0
+
+    def aligned(self, tokens: Sequence[int]) -> int:
+        return len(tokens) // self.page_size * self.page_size
+
+    def check_found(self, req: Any) -> None:
+        found, salt = self.rig.hits[req.rid], req.cache_salt
+        tokens = req.full_untruncated_fill_ids
+        slots = self.rig.rows.req_to_token[req.kv.req_pool_idx, :found].tolist()
+        foreign = [at for at, slot in enumerate(slots) if self.rig.computed_for[slot] != salt]
+        heads = [each for each in self.ever if list(tokens[: len(each)]) == each]
+        public = max(map(len, heads), default=0)
+        assert all(at < public for at in foreign), f"KV of another salt at {foreign}"
+
+    @precondition(lambda self: len(self.published) < 4)
+    @rule(tokens=TOKENS)
+    def publish(self, tokens: list[int]) -> None:
+        self.made += 1
+        name = f"p{self.made}"
+        units, problem = self.rig.tree.publish(name, tokens)
+        assert units == self.aligned(tokens)
+        assert (problem is None) == (units > 0)
+        if problem is None:
+            self.published[name] = tokens[:units]
+            self.ever.append(tokens[:units])
+
+    @precondition(lambda self: self.published)
+    @rule(data=st.data())
+    def unpublish(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.published)))
+        del self.published[name]
+        self.rig.tree.unpublish(name)
+
+    @rule(target=requests, tail=TOKENS, salt=SALTS, data=st.data())
+    def start(self, tail: list[int], salt: str | None, data: st.DataObject) -> Any:
+        heads = [[], *self.published.values()]
+        prompt = [*data.draw(st.sampled_from(heads)), *tail]
+        req = self.rig.start(prompt, salt=salt)
+        if req is None:
+            return multiple()
+        self.check_found(req)
+        return req
+
+    @rule(target=requests, delta=TOKENS, salt=SALTS, keep=st.floats(0, 1))
+    def start_turn(self, delta: list[int], salt: str | None, keep: float) -> Any:
+        name = f"session of {salt}"
+        if name in self.busy:
+            return multiple()
+        transcript = self.sessions.setdefault(name, [])
+        base = int(keep * len(transcript))
+        req = self.rig.start([*transcript[:base], *delta], name, base, salt=salt)
+        if req is None:
+            return multiple()
+        self.sessions[name] = transcript[:base]
+        self.busy.add(name)
+        self.check_found(req)
+        return req
+
+    @rule(req=requests, tokens=TOKENS)
+    def decode(self, req: Any, tokens: list[int]) -> None:
+        if req in self.rig.running:
+            self.rig.decode(req, tokens)
+
+    @rule(req=consumes(requests), well=st.booleans())
+    def end(self, req: Any, well: bool) -> None:
+        if req not in self.rig.running:
+            return
+        turn = self.rig.turns.get(req.rid)
+        if well:
+            self.rig.finish(req, len(req.output_ids))
+        else:
+            self.rig.abort(req)
+        if turn is not None:
+            self.busy.discard(turn.session_id)
+            if well:
+                self.sessions[turn.session_id] = [*req.origin_input_ids, *req.output_ids]
+
+    @rule(req=requests, wanted=st.integers(0, 40))
+    def retract_and_resume(self, req: Any, wanted: int) -> None:
+        if req not in self.rig.running:
+            return
+        turn = self.rig.turns.get(req.rid)
+        self.rig.retract(req)
+        self.rig.evict(wanted)
+        if self.rig.admit(req):
+            self.check_found(req)
+        elif turn is not None:
+            self.busy.discard(turn.session_id)
+
+    @rule(tokens=TOKENS, salt=SALTS)
+    def refresh_a_waiting_request(self, tokens: list[int], salt: str | None) -> None:
+        self.rig.tree.touch_prefix(RadixKey(array("q", tokens), cache_salt=salt))
+
+    @rule(name=st.sampled_from(["a", "b", None]), kept=st.floats(0, 1))
+    def fork_and_leave(self, name: str | None, kept: float) -> None:
+        source = f"session of {name}"
+        length = int(kept * len(self.sessions.get(source, [])))
+        self.rig.tree.fork_session(source, "fork", length)
+        self.rig.tree.release_session_leaf("fork")
+
+    @rule(tokens=st.integers(0, 60))
+    def evict(self, tokens: int) -> None:
+        evictable = self.rig.tree.evictable_size()
+        assert self.rig.evict(tokens) >= min(tokens, evictable)
+
+    @invariant()
+    def accounts_balance(self) -> None:
+        if hasattr(self, "rig"):
+            self.rig.check()
+
+    @invariant()
+    def every_node_is_found_under_its_own_key(self) -> None:
+        nodes = [self.rig.tree.tree_core.root_node] if hasattr(self, "rig") else []
+        while nodes:
+            node = nodes.pop()
+            for name, child in node.children.items():
+                assert child.key.child_key(self.page_size) == name
+                assert node.key.cache_salt in (None, child.key.cache_salt)
+                nodes.append(child)
+
+
+class PagedPublishedMachine(PublishedMachine):
+    """The same with pages of several tokens."""
+
+    page_size = 4
+
+
+TestPublished = PublishedMachine.TestCase
+TestPagedPublished = PagedPublishedMachine.TestCase
+for case in (TestPublished, TestPagedPublished):
+    case.settings = settings(
+        max_examples=80,
+        stateful_step_count=40,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
+
+SYSTEM = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+"""Two pages of four tokens, and half a third one."""
+
+
+def hits(rig: Rig, prompt: list[int], salt: str | None) -> int:
+    """Tokens of a whole request's prompt that the tree had."""
+    req = rig.start(prompt, salt=salt)
+    assert req is not None
+    rig.finish(req, 0)
+    return rig.hits[req.rid]
+
+
+def test_the_first_request_of_a_salt_finds_the_published_pages_and_nothing_behind() -> None:
+    rig = SaltedRig(4)
+    assert rig.tree.publish("p", SYSTEM) == (8, None)
+    assert hits(rig, SYSTEM, None) == 0
+    prompt = [*SYSTEM, *range(20, 40)]
+    assert hits(rig, prompt, "a") == 8
+    assert hits(rig, prompt, "a") == 28
+    assert hits(rig, prompt, "b") == 8
+    assert hits(rig, prompt, "b") == 28
+    assert hits(rig, prompt, None) == 8
+    rig.check()
+
+
+def test_what_is_published_no_longer_is_found_by_no_salt() -> None:
+    rig = SaltedRig(4)
+    rig.tree.publish("p", SYSTEM)
+    assert hits(rig, SYSTEM, None) == 0
+    rig.tree.unpublish("p")
+    assert hits(rig, [*SYSTEM, 20], "a") == 0
+    assert hits(rig, [*SYSTEM, 20], "b") == 0
+    rig.check()
+
+
+def test_a_running_request_keeps_to_the_path_that_it_was_matched_with() -> None:
+    """Inserted along another, its first pages would belong to two nodes."""
+    rig = SaltedRig(4)
+    before = rig.start(SYSTEM, salt="a")
+    rig.tree.publish("p", SYSTEM)
+    after = rig.start(SYSTEM, salt="b")
+    rig.check()
+    rig.tree.unpublish("p")
+    for req in (before, after):
+        assert req is not None
+        assert rig.decode(req, [30, 31, 32, 33, 34])
+        rig.finish(req)
+        rig.check()
+    assert hits(rig, [*SYSTEM, 30, 31, 32], "a") == 12
+    rig.evict(rig.pool_tokens)
+    rig.check()
+    assert rig.allocator.available_size() == rig.pool_tokens
+
+
+def test_a_conversation_begun_before_the_publication_goes_on_where_its_kv_is() -> None:
+    rig = SaltedRig(4)
+    long = [*SYSTEM, *range(20, 40)]
+    assert hits(rig, long, "a") == 0
+    rig.tree.publish("p", SYSTEM)
+    assert hits(rig, SYSTEM, None) == 0
+    assert hits(rig, long, "a") == 28
+    assert hits(rig, [*SYSTEM, 90, 91], "a") == 8
+    rig.check()
+
+
+def test_a_prefix_beyond_the_budget_is_refused_and_room_is_made_by_removing_one() -> None:
+    rig = SaltedRig(4, budget=0.1)
+    assert rig.tree.publish("first", SYSTEM) == (8, None)
+    units, problem = rig.tree.publish("second", SYSTEM)
+    assert units == 8
+    assert problem is not None
+    assert "1 are left of the 9" in problem
+    rig.tree.unpublish("first")
+    assert rig.tree.publish("second", SYSTEM) == (8, None)
+
+
+@pytest.mark.parametrize("length", range(4))
+def test_less_than_a_page_cannot_be_published(length: int) -> None:
+    units, problem = SaltedRig(4).tree.publish("p", SYSTEM[:length])
+    assert units == 0
+    assert problem is not None
+    assert "shorter than a page" in problem
+
+
+def test_a_request_of_another_adapter_is_no_part_of_it() -> None:
+    rig = SaltedRig(4)
+    rig.tree.publish("p", SYSTEM)
+    key = RadixKey(array("q", SYSTEM), "an adapter", cache_salt="a")
+    assert rig.tree._publishing.key(key).child_key(4) == key.child_key(4)
