@@ -12,6 +12,8 @@ from stateful_sglang.session import errors
 STATUS: Mapping[str, int] = {
     "session_not_found": 404,
     "unknown_version": 404,
+    "prefix_not_found": 404,
+    "publish_refused": 409,
     "other_model": 409,
     "session_busy": 409,
     "session_conflict": 409,

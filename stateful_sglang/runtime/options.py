@@ -60,6 +60,18 @@ class Options:
             ),
         ),
     )
+    publish_budget: float = field(
+        default=0.1,
+        metadata=_about(
+            "largest share of the KV pool, 0 to 1, that prefixes published to all tenants may have",
+            metavar="SHARE",
+            bounds=Bounds(
+                0,
+                1,
+                "it is a share of the KV pool between 0 and 1, for example --publish-budget 0.1",
+            ),
+        ),
+    )
     eviction_policy: str = field(
         default=policies.DEFAULT,
         metadata=about(

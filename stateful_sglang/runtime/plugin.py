@@ -43,7 +43,7 @@ def _attach(options: Options) -> None:
     from stateful_sglang.runtime.speculation import algorithm as draft_spec
     from stateful_sglang.runtime.tree import cache as tree
 
-    tree.register(options.pin_budget, options.eviction_policy)
+    tree.register(options.pin_budget, options.eviction_policy, options.publish_budget)
     if options.draft != "off":
         draft_spec.register()
     scheduler.attach()

@@ -50,6 +50,13 @@ class Writing:
 
 
 @dataclass(frozen=True, slots=True)
+class Publish:
+    """Publish a prefix: a head as every conversation with it begins, or raw text or tokens."""
+
+    content: Head | NewText | NewTokens
+
+
+@dataclass(frozen=True, slots=True)
 class OpenSession:
     """Open a session; nothing is computed."""
 

@@ -95,6 +95,15 @@ class TurnProgress(NamedTuple):
     """Model steps taken after the prefill, each yielding one or more tokens."""
 
 
+class PublishAnswer(NamedTuple):
+    """What an engine made of a prefix that all are to share."""
+
+    aligned_tokens: int
+    """How many of its tokens are shared: whole pages of the KV pool."""
+    problem: str | None
+    """Why it is not shared; None: it is."""
+
+
 class TurnEngine(Protocol):
     """The model server as a service sees it."""
 
@@ -148,6 +157,18 @@ class TurnEngine(Protocol):
 
     async def close_session(self, session_id: str) -> None:
         """Drop the session's tokens, pin and index on every rank."""
+        ...
+
+    async def publish_prefix(self, prefix_id: str, tokens: array[int]) -> PublishAnswer:
+        """Let requests of all salts that begin with these tokens share their KV, and compute it.
+
+        Raises:
+            EngineError: It could not be computed, and is not shared.
+        """
+        ...
+
+    async def unpublish_prefix(self, prefix_id: str) -> None:
+        """Share the prefix no longer: what it has of KV stays until the room is needed."""
         ...
 
     async def tree_summary(self, session_id: str | None, limit: int) -> dict[str, Any]:

@@ -23,7 +23,11 @@ from stateful_sglang.session.history import Commit
 from stateful_sglang.session.messages import Head, Message
 from stateful_sglang.session.session import Session
 from stateful_sglang.session.tool_results import common_prefix, followers, in_call_order
+from stateful_sglang.session.transcript import Transcript
 from stateful_sglang.session.turn import PlannedTurn
+
+_BEGINNINGS = ("zq", "Zq", "0", " zq", "\n\nzq", "(", "#")
+"""Messages that share no token at their beginning, nor with what a template puts before them."""
 
 
 class Planner:
@@ -40,6 +44,37 @@ class Planner:
             await self._prepared("tools", as_text(head.tools, "tools"), "tools")
         if head != Head():
             self._renderer.check_head(head)
+
+    async def prefix(self, content: Head | NewText | NewTokens) -> array[int]:
+        """The tokens with which every conversation with this head begins, or those given.
+
+        Raises:
+            InvalidInputError: It can't be rendered, or comes to nothing.
+            ContextOverflowError: It doesn't fit.
+        """
+        if isinstance(content, Head):
+            await self.check_head(content)
+            ids = self._head_tokens(content)
+        elif isinstance(content, NewText):
+            ids = self._renderer.text(content.text, Transcript()).delta
+        else:
+            self._check_token_ids(content.ids, "input_ids")
+            ids = array("q", content.ids)
+        if not ids:
+            raise InvalidInputError("system", "no conversation begins with anything of its own")
+        left = self.tokens_left(0)
+        if len(ids) > left:
+            raise ContextOverflowError(
+                delta_tokens=len(ids), tokens_left=left, context_length=self._engine.context_length
+            )
+        return ids
+
+    def _head_tokens(self, head: Head) -> array[int]:
+        """What is there before the first user message, whatever that begins with."""
+        first, *others = (
+            self._renderer.first(head, [Message("user", text)]).delta for text in _BEGINNINGS
+        )
+        return first[: min(common_prefix(first, other) for other in others)]
 
     async def constraint(self, command: Append, head: Head) -> Constraint | None:
         """What constrains the answer, proven to be followed; None where nothing does.

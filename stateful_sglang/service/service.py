@@ -33,6 +33,7 @@ from stateful_sglang.service.events import MAX_LISTENERS
 from stateful_sglang.service.failures import not_done
 from stateful_sglang.service.observe import NullObserver, Observer
 from stateful_sglang.service.plan import Planner
+from stateful_sglang.service.prefixes import Prefixes
 from stateful_sglang.service.results import (
     Closed,
     Ingested,
@@ -77,6 +78,7 @@ class SessionService:
         self._core = Core(engine, self._planner, journal, limits, observer or NullObserver())
         self._changes = Changes(self._core)
         self._appends = Appends(self._core, Committer(engine, journal, renderer))
+        self.prefixes = Prefixes(engine, self._planner, self._core.check_accepting)
         self._maintenance: asyncio.Task[None] | None = None
         self.max_body_bytes = limits.max_body_bytes or max(1 << 20, 32 * engine.context_length)
 

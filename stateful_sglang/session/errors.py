@@ -194,6 +194,24 @@ class InvalidInputError(SessionError):
         self.param = param
 
 
+class PrefixNotFoundError(SessionError):
+    """No published prefix has this id."""
+
+    kind = "prefix_not_found"
+
+    def __init__(self, prefix_id: str) -> None:
+        super().__init__(f"no published prefix has the id {prefix_id[:64]!r}; list them first")
+
+
+class PublishRefusedError(SessionError):
+    """A prefix can't be published beside the others; nothing has changed."""
+
+    kind = "publish_refused"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the prefix can't be published: {reason}")
+
+
 class EngineFailedError(SessionError):
     """The model server did not do its part; the session is at its last version.
 

@@ -20,7 +20,13 @@ from tokenizers import AddedToken
 
 from stateful_sglang.grammar.errors import ConstraintError
 from stateful_sglang.runtime.sessions.finish import finish_of
-from stateful_sglang.service.engine import EngineError, Finish, TurnProgress, TurnRequest
+from stateful_sglang.service.engine import (
+    EngineError,
+    Finish,
+    PublishAnswer,
+    TurnProgress,
+    TurnRequest,
+)
 from stateful_sglang.session.rank import RankSessions, StaleBaseError, TurnRefusedError
 
 CHATML = (
@@ -95,6 +101,9 @@ class EngineDouble:
         self.pause_after: int | None = None
         """Tokens after which a turn waits for `go`."""
         self.paused, self.go = asyncio.Event(), asyncio.Event()
+        self.published: dict[str, list[int]] = {}
+        self.refuse_prefixes: str | None = None
+        """Why a rank publishes nothing; None where it does."""
         self.constraints: list[tuple[str, str]] = []
         self.refuse_constraints: str | None = None
         """What a compiler says of every constraint; None where it takes them."""
@@ -166,6 +175,16 @@ class EngineDouble:
     async def close_session(self, session_id: str) -> None:
         self.rank.close(session_id)
         self.closed.append(session_id)
+
+    async def publish_prefix(self, prefix_id: str, tokens: array[int]) -> PublishAnswer:
+        if self.silent:
+            raise EngineError("overloaded", "no answer in time; look at /health, and ask again")
+        if self.refuse_prefixes is None:
+            self.published[prefix_id] = tokens.tolist()
+        return PublishAnswer(len(tokens) // 16 * 16, self.refuse_prefixes)
+
+    async def unpublish_prefix(self, prefix_id: str) -> None:
+        del self.published[prefix_id]
 
     async def tree_summary(self, session_id: str | None, limit: int) -> dict[str, Any]:
         if self.silent:

@@ -13,13 +13,14 @@ from engine_double import EngineDouble
 from session_server import app_of
 
 from stateful_sglang.api import errors as api_errors
-from stateful_sglang.api.native import changes, schemas
+from stateful_sglang.api.native import changes, prefixes, schemas
 from stateful_sglang.api.native.bodies import Body
 from stateful_sglang.api.native.message_fields import IGNORED_FIELDS
 from stateful_sglang.api.native.writing import NOT_ASKED
 from stateful_sglang.service import service as service_module
 from stateful_sglang.service.engine import EngineError, ErrorKind
 from stateful_sglang.service.failures import turn_failed
+from stateful_sglang.service.prefixes import PrefixView
 from stateful_sglang.service.results import Usage
 from stateful_sglang.session import errors as session_errors
 
@@ -62,6 +63,7 @@ TURN = "Taking a turn"
         (changes.EditBody, ["Editing", TURN]),
         (changes.TouchBody, ["Touching"]),
         (changes.ImportBody, ["Export and import"]),
+        (prefixes.PublishBody, ["Publishing a prefix"]),
         (schemas.MessageBody, ["A message"]),
         (schemas.SamplingBody, ["Sampling"]),
     ],
@@ -104,6 +106,10 @@ def test_every_event_of_a_session_is_listed() -> None:
 
 def test_usage_has_the_figures_that_are_listed() -> None:
     assert names("Usage") == [field.name for field in dataclasses.fields(Usage)]
+
+
+def test_a_published_prefix_has_the_fields_that_are_listed() -> None:
+    assert names("A published prefix") == list(PrefixView._fields)
 
 
 @pytest.mark.anyio

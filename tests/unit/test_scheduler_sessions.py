@@ -12,6 +12,7 @@ from stateful_sglang.cpu.platform import prepare
 
 prepare()
 
+from prefix_rig import RadixKey, Rig  # noqa: E402
 from sglang.srt.managers.schedule_batch import (  # noqa: E402 - SGLang comes after prepare()
     FINISH_ABORT,
     FINISH_LENGTH,
@@ -22,6 +23,8 @@ from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
 from stateful_sglang.runtime.sessions import scheduler as runtime  # noqa: E402
 from stateful_sglang.runtime.sessions.requests import (  # noqa: E402
+    PrefixPublishReq,
+    PrefixUnpublishReq,
     SessionCloseReq,
     SessionForkReq,
     SessionRollbackReq,
@@ -221,3 +224,17 @@ def test_a_request_of_no_new_tokens_ends_by_length_whatever_was_sampled() -> Non
         assert list(req.output_ids_through_stop) == []
         req.kv.kv_committed_len = 2
         assert req.owned_kv_len() == 2, "the KV of the whole prompt, and no more"
+
+
+def test_a_prefix_is_published_in_the_tree_and_the_answer_says_what_is_shared() -> None:
+    tree = Rig(page_size=4, publish_budget=0.5).tree
+    sessions = runtime.SchedulerSessions(SimpleNamespace(tree_cache=tree, draft_worker=None))
+    request = PrefixPublishReq(rid="r", prefix_id="p", tokens=list(range(10)))
+    answer = sessions.publish(request)
+    assert (answer.rid, answer.aligned_tokens, answer.problem) == ("r", 8, None)
+    key = RadixKey(array("q", range(12)), cache_salt="a")
+    assert tree._publishing.key(key).open_len == 8
+    sessions.unpublish(PrefixUnpublishReq(prefix_id="p"))
+    assert tree._publishing.key(key).open_len == 0
+    short = PrefixPublishReq(rid="s", prefix_id="q", tokens=[1, 2])
+    assert "shorter than a page" in str(sessions.publish(short).problem)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from fastapi import APIRouter, Request
 
-from stateful_sglang.api.native import reading, sessions, turns
+from stateful_sglang.api.native import prefixes, reading, sessions, turns
 from stateful_sglang.api.native.requests import Serving, SessionRoute
 from stateful_sglang.service.commands import Caller
 from stateful_sglang.service.service import SessionService
@@ -30,4 +30,5 @@ def build_router(
     sessions.add_routes(router, serving)
     turns.add_routes(router, serving)
     reading.add_routes(router, serving)
+    prefixes.add_routes(router, serving)
     return router

@@ -3,6 +3,7 @@ thing."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, model_validator
@@ -25,6 +26,23 @@ Metadata = Annotated[
     Field(max_length=16),
 ]
 PRIORITY = REQUEST["priority"]
+
+
+def checked_head(
+    system: str | None, tools: Sequence[ToolBody], template_kwargs: dict[str, Any]
+) -> Head:
+    """What stands before the first message.
+
+    Raises:
+        PydanticCustomError: It can't be used; for validators.
+    """
+    names = [tool.function.name for tool in tools]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise refusal(f"defined twice: {sorted(twice)}", "tools")
+    if reserved := RESERVED_KWARGS & template_kwargs.keys():
+        raise refusal(f"not settable: {sorted(reserved)}", "chat_template_kwargs")
+    forms = tuple(tool.model_dump(exclude_none=True) for tool in tools)
+    return Head(system, forms, template_kwargs)
 
 
 class OptionsBody(Body):
@@ -55,11 +73,7 @@ class OpenBody(OptionsBody, KeyedBody):
 
     @model_validator(mode="after")
     def _consistent(self) -> OpenBody:
-        names = [tool.function.name for tool in self.tools]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise refusal(f"defined twice: {sorted(twice)}", "tools")
-        if reserved := RESERVED_KWARGS & self.chat_template_kwargs.keys():
-            raise refusal(f"not settable: {sorted(reserved)}", "chat_template_kwargs")
+        self.to_head()
         if (
             self.system is not None
             and self.messages
@@ -74,8 +88,7 @@ class OpenBody(OptionsBody, KeyedBody):
 
     def to_head(self) -> Head:
         """What stands before the first message."""
-        tools = tuple(tool.model_dump(exclude_none=True) for tool in self.tools)
-        return Head(self.system, tools, self.chat_template_kwargs)
+        return checked_head(self.system, self.tools, self.chat_template_kwargs)
 
     def to_command(self) -> OpenSession:
         """As the service takes it."""

@@ -8,6 +8,9 @@ from array import array
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+from sglang.srt.managers.io_struct import GenerateReqInput
+
+from stateful_sglang import tenants
 from stateful_sglang.attachments.check import Attachment
 from stateful_sglang.grammar.worker import Worker
 from stateful_sglang.runtime.options import Options
@@ -21,8 +24,15 @@ from stateful_sglang.runtime.sessions.manager import (
 )
 from stateful_sglang.runtime.sessions.sampling import sampling_params
 from stateful_sglang.runtime.sessions.tool_calls import parse_with_sglang
-from stateful_sglang.service.engine import EngineError, Finish, TurnProgress, TurnRequest
+from stateful_sglang.service.engine import (
+    EngineError,
+    Finish,
+    PublishAnswer,
+    TurnProgress,
+    TurnRequest,
+)
 from stateful_sglang.service.tool_calls import ParsedAnswer
+from stateful_sglang.session.ids import new_rid
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +84,7 @@ _NOTHING: Mapping[str, Any] = {"max_new_tokens": 0, "temperature": 0.0}
 """Sampling of a turn that generates nothing. SGLang computes the KV of the whole prompt, samples
 nothing (or a token that it drops, where the server drafts), and ends the request by length."""
 _DISPATCH_POLL_S = 0.005
+_LATE = "it is in one very long step, or gone. Look at /health, and ask again"
 
 
 class SGLangEngine:
@@ -151,6 +162,44 @@ class SGLangEngine:
         """Drop the session on every rank."""
         self._manager.send_session_close(session_id)
 
+    async def publish_prefix(self, prefix_id: str, tokens: array[int]) -> PublishAnswer:
+        """Share a prefix on every rank and compute its KV; see :class:`TurnEngine`."""
+        try:
+            reply = await self._manager.publish(prefix_id, tokens.tolist())
+            if reply.problem is None:
+                with tenants.acting_as(tenants.SERVER):  # which has no salt
+                    await self._compute(tokens)
+        except BaseException as error:
+            self._manager.send_unpublish(prefix_id)
+            if isinstance(error, TimeoutError):
+                raise EngineError(
+                    "overloaded", f"the scheduler did not publish it in time: {_LATE}"
+                ) from error
+            raise
+        return PublishAnswer(reply.aligned_tokens, reply.problem)
+
+    async def unpublish_prefix(self, prefix_id: str) -> None:
+        """Share a prefix no longer, on any rank."""
+        self._manager.send_unpublish(prefix_id)
+
+    async def _compute(self, tokens: array[int]) -> None:
+        """Prefill these tokens alone, so that their KV is in the tree.
+
+        Raises:
+            EngineError: It was not done.
+        """
+        request = GenerateReqInput(
+            rid=new_rid(), input_ids=tokens.tolist(), sampling_params=dict(_NOTHING), stream=True
+        )
+        finish: Finish | None = None
+        try:
+            async for out in self._manager.generate_request(request, None):
+                finish = _progress(out, array("q"), constrained=False).finish
+        except ValueError as error:  # what SGLang says of a request that it can't take
+            raise EngineError("invalid", str(error)) from error
+        if finish is None:
+            raise EngineError("broken", "SGLang ended the request without a finish reason")
+
     async def tree_summary(self, session_id: str | None, limit: int) -> dict[str, Any]:
         """Describe the tree, or one session's path in it."""
         try:
@@ -158,8 +207,7 @@ class SGLangEngine:
         except TimeoutError as error:
             raise EngineError(
                 "overloaded",
-                "the scheduler did not describe its tree in time: it is in one very long step, or "
-                "gone. Look at /health, and ask again",
+                f"the scheduler did not describe its tree in time: {_LATE}",
             ) from error
 
     async def _pump(

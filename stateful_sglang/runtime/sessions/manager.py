@@ -17,6 +17,9 @@ from sglang.utils import TypeBasedDispatcher
 
 from stateful_sglang.attachments.check import Attachment
 from stateful_sglang.runtime.sessions.requests import (
+    PrefixPublishReq,
+    PrefixPublishReqOutput,
+    PrefixUnpublishReq,
     SessionAppendReq,
     SessionCloseReq,
     SessionForkReq,
@@ -42,7 +45,7 @@ ATTACHMENTS = (
     Attachment(
         f"{_MANAGER}._dispatch_to_scheduler",
         "relies",
-        "fork, rollback, close and tree requests leave the API process as SGLang's own do",
+        "fork, rollback, close, publish and tree requests leave the API process as SGLang's own do",
     ),
     Attachment(
         "sglang.srt.entrypoints.engine.init_tokenizer_manager",
@@ -51,7 +54,7 @@ ATTACHMENTS = (
     ),
 )
 
-_TREE_REPLY_TIMEOUT_S = 30.0
+_REPLY_TIMEOUT_S = 30.0
 
 
 class TurnOrigin:
@@ -81,9 +84,12 @@ class StatefulTokenizerManager(TokenizerManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._tree_replies: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self._replies: dict[str, asyncio.Future[Any]] = {}
         self._result_dispatcher += TypeBasedDispatcher(
-            [(TreeSummaryReqOutput, self._handle_tree_summary)]
+            [
+                (TreeSummaryReqOutput, self._handle_reply),
+                (PrefixPublishReqOutput, self._handle_reply),
+            ]
         )
 
     def _create_tokenized_object(self, obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -112,28 +118,50 @@ class StatefulTokenizerManager(TokenizerManager):
         """Tell every rank to forget a session."""
         self._dispatch_to_scheduler(SessionCloseReq(stateful_session=session_id))
 
+    def send_unpublish(self, prefix_id: str) -> None:
+        """Tell every rank to share a prefix no longer."""
+        self._dispatch_to_scheduler(PrefixUnpublishReq(prefix_id=prefix_id))
+
+    async def publish(self, prefix_id: str, tokens: list[int]) -> PrefixPublishReqOutput:
+        """Tell every rank to share a prefix among requests of all salts.
+
+        Returns:
+            What the first rank answers; the others decide alike.
+
+        Raises:
+            TimeoutError: As of `tree_summary`; a rank may do it yet.
+        """
+        reply: PrefixPublishReqOutput = await self._ask(
+            PrefixPublishReq(rid=secrets.token_hex(16), prefix_id=prefix_id, tokens=tokens)
+        )
+        return reply
+
     async def tree_summary(self, session_id: str | None, limit: int) -> dict[str, Any]:
         """Ask the scheduler to describe its tree.
 
         Raises:
             TimeoutError: The scheduler did not answer; it is busy in one very long step, or gone.
         """
-        self.auto_create_handle_loop()
-        rid = secrets.token_hex(16)
-        future = asyncio.get_running_loop().create_future()
-        self._tree_replies[rid] = future
-        try:
-            self._dispatch_to_scheduler(
-                TreeSummaryReq(rid=rid, stateful_session=session_id, limit=limit)
-            )
-            return await asyncio.wait_for(future, _TREE_REPLY_TIMEOUT_S)
-        finally:
-            del self._tree_replies[rid]
+        reply: TreeSummaryReqOutput = await self._ask(
+            TreeSummaryReq(rid=secrets.token_hex(16), stateful_session=session_id, limit=limit)
+        )
+        return reply.summary
 
-    def _handle_tree_summary(self, reply: TreeSummaryReqOutput) -> None:
-        future = self._tree_replies.get(reply.rid or "")
+    async def _ask(self, request: PrefixPublishReq | TreeSummaryReq) -> Any:
+        self.auto_create_handle_loop()
+        assert isinstance(request.rid, str)
+        future = asyncio.get_running_loop().create_future()
+        self._replies[request.rid] = future
+        try:
+            self._dispatch_to_scheduler(request)
+            return await asyncio.wait_for(future, _REPLY_TIMEOUT_S)
+        finally:
+            del self._replies[request.rid]
+
+    def _handle_reply(self, reply: TreeSummaryReqOutput | PrefixPublishReqOutput) -> None:
+        future = self._replies.get(str(reply.rid))
         if future is not None and not future.done():
-            future.set_result(reply.summary)
+            future.set_result(reply)
 
 
 def stateful_tokenizer_manager(on_ready: Callable[[StatefulTokenizerManager], None]) -> Any:

@@ -23,7 +23,7 @@ ATTACHMENTS = (
     Attachment(
         "sglang.srt.managers.io_struct.BaseReq",
         "subclass",
-        "control messages: fork, cut or close a session, describe the tree",
+        "control messages: fork, cut or close a session, publish a prefix, describe the tree",
     ),
 )
 
@@ -59,6 +59,28 @@ class SessionCloseReq(BaseReq, kw_only=True):
     """Forget a session: its tokens, its pin, its draft index. Not answered."""
 
     stateful_session: str
+
+
+class PrefixPublishReq(BaseReq, kw_only=True):
+    """Let requests of all salts share the KV of these tokens."""
+
+    prefix_id: str
+    tokens: list[int]
+
+
+class PrefixPublishReqOutput(BaseReq, kw_only=True):
+    """The answer to a :class:`PrefixPublishReq` with the same ``rid``."""
+
+    aligned_tokens: int
+    """How many of them are shared: whole pages."""
+    problem: str | None
+    """Why nothing was published; None: it was."""
+
+
+class PrefixUnpublishReq(BaseReq, kw_only=True):
+    """Share a prefix no longer. Not answered."""
+
+    prefix_id: str
 
 
 class TreeSummaryReq(BaseReq, kw_only=True):

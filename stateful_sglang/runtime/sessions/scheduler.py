@@ -17,6 +17,9 @@ from sglang.utils import TypeBasedDispatcher
 
 from stateful_sglang.attachments.check import Attachment
 from stateful_sglang.runtime.sessions.requests import (
+    PrefixPublishReq,
+    PrefixPublishReqOutput,
+    PrefixUnpublishReq,
     SessionAppendReq,
     SessionCloseReq,
     SessionForkReq,
@@ -41,7 +44,7 @@ ATTACHMENTS = (
     Attachment(
         f"{_SCHEDULER}.Scheduler.init_request_dispatcher",
         "hook",
-        "append, fork, rollback, close and tree requests reach the rank's sessions",
+        "append, fork, rollback, close, publish and tree requests reach the rank's sessions",
     ),
     Attachment(
         f"{_SCHEDULER}.Scheduler.handle_generate_request",
@@ -140,6 +143,15 @@ class SchedulerSessions:
         if self._indexes is not None:
             self._indexes.close(session_id)
 
+    def publish(self, request: PrefixPublishReq) -> PrefixPublishReqOutput:
+        """Share a prefix among requests of all salts, if there is room for it."""
+        aligned, problem = self._tree.publish(request.prefix_id, request.tokens)
+        return PrefixPublishReqOutput(rid=request.rid, aligned_tokens=aligned, problem=problem)
+
+    def unpublish(self, request: PrefixUnpublishReq) -> None:
+        """Share a prefix no longer."""
+        self._tree.unpublish(request.prefix_id)
+
     def summarise(self, request: TreeSummaryReq) -> TreeSummaryReqOutput:
         """Describe the tree, or one session's path in it."""
         if request.stateful_session is None:
@@ -213,6 +225,8 @@ def _add_requests(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) ->
             (SessionForkReq, sessions.fork),
             (SessionRollbackReq, sessions.roll_back),
             (SessionCloseReq, sessions.close),
+            (PrefixPublishReq, sessions.publish),
+            (PrefixUnpublishReq, sessions.unpublish),
             (TreeSummaryReq, sessions.summarise),
         ]
     )
