@@ -132,7 +132,8 @@ def test_a_session_begun_before_goes_on_and_one_after_the_removal_shares_nothing
 ) -> None:
     system = lines("a later prompt", 40)
     begun = session(tenants.acme, system)
-    assert turn(tenants.acme, begun, "Hello")["usage"]["cached_tokens"] < 30
+    # Longer than a page, so that its KV reaches further than what is published.
+    assert turn(tenants.acme, begun, lines("a start", 10))["usage"]["cached_tokens"] < 30
     published = publish(tenants, system=system)
     shared = published["aligned_tokens"]
     assert turn(tenants.acme, begun, "And again")["usage"]["cached_tokens"] > shared

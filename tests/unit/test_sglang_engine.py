@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -19,12 +19,14 @@ from sglang.srt.managers.io_struct import (  # noqa: E402 - SGLang comes after p
 from sglang.srt.managers.tokenizer_manager import TokenizerManager  # noqa: E402
 from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
+from stateful_sglang import tenants  # noqa: E402
 from stateful_sglang.runtime.sessions.engine import SGLangEngine  # noqa: E402
 from stateful_sglang.runtime.sessions.manager import StatefulTokenizerManager  # noqa: E402
 from stateful_sglang.runtime.sessions.requests import SessionAppendReq  # noqa: E402
 from stateful_sglang.service.engine import (  # noqa: E402
     EngineError,
     Finish,
+    PublishAnswer,
     TurnProgress,
     TurnRequest,
 )
@@ -182,3 +184,64 @@ async def test_forks_rollbacks_and_closes_leave_as_messages() -> None:
     assert (fork.source_session, fork.stateful_session, fork.length) == ("s", "f", 7)
     assert (rollback.stateful_session, rollback.length) == ("s", 5)
     assert close.stateful_session == "s"
+
+
+class PublishingManager(Manager):
+    """A manager whose ranks publish, or say why not."""
+
+    def __init__(self, *reports: Any, problem: str | None = None, late: bool = False) -> None:
+        super().__init__(*reports)
+        self.problem, self.late = problem, late
+        self.salts: list[str | None] = []
+        self.unpublished: list[str] = []
+
+    async def publish(self, _prefix_id: str, _tokens: list[int]) -> Any:
+        if self.late:
+            raise TimeoutError
+        return SimpleNamespace(aligned_tokens=2, problem=self.problem)
+
+    def send_unpublish(self, prefix_id: str) -> None:
+        self.unpublished.append(prefix_id)
+
+    async def generate_request(self, request: Any, _: None) -> AsyncIterator[dict[str, Any]]:
+        self.salts.append(tenants.current().salt)
+        async for each in super().generate_request(request, None):
+            yield each
+
+
+async def publish(manager: PublishingManager) -> PublishAnswer:
+    with tenants.acting_as(tenants.Identity("ops", admin=True, salt="its own")):
+        return await SGLangEngine(cast("Any", manager)).publish_prefix("p", array("q", [7, 8, 9]))
+
+
+async def test_a_published_prefix_is_computed_under_no_salt_whoever_publishes_it() -> None:
+    manager = PublishingManager(report({"type": "length"}))
+    assert await publish(manager) == PublishAnswer(2, None)
+    (request,) = manager.requests
+    assert (request.input_ids, request.sampling_params["max_new_tokens"]) == ([7, 8, 9], 0)
+    assert manager.salts == [None]
+    assert manager.unpublished == []
+
+
+async def test_what_the_ranks_refuse_is_not_computed() -> None:
+    manager = PublishingManager(problem="no room")
+    assert await publish(manager) == PublishAnswer(2, "no room")
+    assert manager.requests == []
+
+
+@pytest.mark.parametrize(
+    ("manager", "kind"),
+    [
+        (PublishingManager(report({"type": "abort", "status_code": 503})), "overloaded"),
+        (PublishingManager(ValueError("too long")), "invalid"),
+        (PublishingManager(), "broken"),
+        (PublishingManager(late=True), "overloaded"),
+    ],
+)
+async def test_a_prefix_that_is_not_computed_is_not_published(
+    manager: PublishingManager, kind: str
+) -> None:
+    with pytest.raises(EngineError) as failed:
+        await publish(manager)
+    assert failed.value.kind == kind
+    assert manager.unpublished == ["p"]
