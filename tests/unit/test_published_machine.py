@@ -39,8 +39,19 @@ class SaltedRig(Rig):
         self.computed_for.update(dict.fromkeys(slots, req.cache_salt))
 
 
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Leading tokens that both have."""
+    return next(
+        (at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]),
+        min(len(one), len(other)),
+    )
+
+
 class PublishedMachine(RuleBasedStateMachine):
-    """A request finds KV of its own salt, and KV of what has been published; nothing else."""
+    """A request finds KV of its own salt, and KV of what has been published; nothing else.
+
+    Under a salt that is a whole published prefix, or nothing of it.
+    """
 
     requests = Bundle("requests")
     page_size = 1
@@ -62,8 +73,11 @@ class PublishedMachine(RuleBasedStateMachine):
         tokens = req.full_untruncated_fill_ids
         slots = self.rig.rows.req_to_token[req.kv.req_pool_idx, :found].tolist()
         foreign = [at for at, slot in enumerate(slots) if self.rig.computed_for[slot] != salt]
-        heads = [each for each in self.ever if list(tokens[: len(each)]) == each]
-        public = max(map(len, heads), default=0)
+        shared = [(len(each), common(each, tokens)) for each in self.ever]
+        if salt is None:  # the place where open parts are: it finds a part of one as well
+            public = max((length for _, length in shared), default=0)
+        else:
+            public = max((length for whole, length in shared if whole == length), default=0)
         assert all(at < public for at in foreign), f"KV of another salt at {foreign}"
 
     @precondition(lambda self: len(self.published) < 4)
