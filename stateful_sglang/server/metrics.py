@@ -59,6 +59,8 @@ METRICS = (
     Metric("journal_bytes", "gauge", "size of the journal's files"),
     Metric("journal_waiting", "gauge", "changes handed in and not recorded yet"),
     Metric("journal_broken", "gauge", "1 where nothing can be recorded now, else 0"),
+    Metric("published_prefixes", "gauge", "prefixes that all tenants share"),
+    Metric("published_tokens", "gauge", "tokens of those prefixes that are shared"),
     Metric("recoveries_total", "counter", "sessions brought back from the journal by a turn"),
     Metric(
         "recovery_ttft_seconds",
@@ -136,6 +138,10 @@ class PrometheusObserver:
         self._made["journal_bytes"].set(stats.bytes)
         self._made["journal_waiting"].set(stats.waiting)
         self._made["journal_broken"].set(stats.broken is not None)
+
+    def prefixes(self, count: int, tokens: int) -> None:
+        self._made["published_prefixes"].set(count)
+        self._made["published_tokens"].set(tokens)
 
     def recovered(self, ttft_s: float) -> None:
         self._made["recoveries_total"].inc()

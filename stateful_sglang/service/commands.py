@@ -54,6 +54,8 @@ class Publish:
     """Publish a prefix: a head as every conversation with it begins, or raw text or tokens."""
 
     content: Head | NewText | NewTokens
+    name: str | None = None
+    """What people call it."""
 
 
 @dataclass(frozen=True, slots=True)

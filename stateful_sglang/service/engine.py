@@ -159,8 +159,15 @@ class TurnEngine(Protocol):
         """Drop the session's tokens, pin and index on every rank."""
         ...
 
-    async def publish_prefix(self, prefix_id: str, tokens: array[int]) -> PublishAnswer:
-        """Let requests of all salts that begin with these tokens share their KV, and compute it.
+    async def publish_prefix(
+        self, prefix_id: str, tokens: array[int], *, compute: bool
+    ) -> PublishAnswer:
+        """Let requests of all salts that begin with these tokens share their KV.
+
+        Args:
+            prefix_id: By which it is unpublished.
+            tokens: Typecode 'q'.
+            compute: Compute the KV before the answer; else the first request that begins so does.
 
         Raises:
             EngineError: It could not be computed, and is not shared.

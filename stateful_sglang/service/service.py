@@ -43,9 +43,7 @@ from stateful_sglang.service.results import (
     SessionView,
 )
 from stateful_sglang.service.turns import TurnReader
-from stateful_sglang.session.errors import (
-    TooManyRequestsError,
-)
+from stateful_sglang.session.errors import SessionError, TooManyRequestsError
 from stateful_sglang.session.journal.base import Journal, SessionQuery
 
 logger = logging.getLogger(__name__)
@@ -78,7 +76,7 @@ class SessionService:
         self._core = Core(engine, self._planner, journal, limits, observer or NullObserver())
         self._changes = Changes(self._core)
         self._appends = Appends(self._core, Committer(engine, journal, renderer))
-        self.prefixes = Prefixes(engine, self._planner, self._core.check_accepting)
+        self.prefixes = Prefixes(self._core)
         self._maintenance: asyncio.Task[None] | None = None
         self.max_body_bytes = limits.max_body_bytes or max(1 << 20, 32 * engine.context_length)
 
@@ -228,6 +226,14 @@ class SessionService:
 
     # ---- The server's life ----
 
+    def begin(self) -> None:
+        """Publish again what was published, in the background, and look after sessions from now on.
+
+        To be called in the loop that serves, once the engine answers; without it the first request
+        does.
+        """
+        self._maintain()
+
     def begin_drain(self) -> None:
         """Start nothing more; what runs goes on."""
         self._core.draining = True
@@ -254,6 +260,7 @@ class SessionService:
             self._maintenance = asyncio.create_task(self._look_after(), name="maintenance")
 
     async def _look_after(self) -> None:
+        await self._restore_prefixes()
         while True:
             await asyncio.sleep(_MAINTENANCE_S)
             try:
@@ -263,6 +270,13 @@ class SessionService:
                 self._observe()
             except Exception:
                 logger.exception("looking after idle sessions failed; it will be tried again")
+            await self._restore_prefixes()
+
+    async def _restore_prefixes(self) -> None:
+        try:
+            await self.prefixes.restore()
+        except SessionError as error:
+            logger.error("%s; it will be tried again", error)
 
     def _observe(self) -> None:
         stats, here = self._core.journal.stats(), len(self._core.directory)

@@ -5,6 +5,7 @@ These are the rows of a journal as data. The API process owns them; nothing of t
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -88,4 +89,18 @@ class KeyedResult:
     """Of what was asked: the same key with another request is an error."""
     result: Mapping[str, Any]
     """As JSON has it."""
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixRecord:
+    """A prefix that is published to all tenants until it is removed."""
+
+    id: str
+    name: str | None
+    """What people call it."""
+    model: str
+    """Digest of the model and its template: with another one it is not published."""
+    tokens: array[int]
+    """Typecode 'q'."""
     created_at: float

@@ -102,6 +102,8 @@ class EngineDouble:
         """Tokens after which a turn waits for `go`."""
         self.paused, self.go = asyncio.Event(), asyncio.Event()
         self.published: dict[str, list[int]] = {}
+        self.computed: list[str] = []
+        """Of those, the ones whose KV was asked for with them."""
         self.refuse_prefixes: str | None = None
         """Why a rank publishes nothing; None where it does."""
         self.constraints: list[tuple[str, str]] = []
@@ -176,11 +178,15 @@ class EngineDouble:
         self.rank.close(session_id)
         self.closed.append(session_id)
 
-    async def publish_prefix(self, prefix_id: str, tokens: array[int]) -> PublishAnswer:
+    async def publish_prefix(
+        self, prefix_id: str, tokens: array[int], *, compute: bool
+    ) -> PublishAnswer:
         if self.silent:
             raise EngineError("overloaded", "no answer in time; look at /health, and ask again")
         if self.refuse_prefixes is None:
             self.published[prefix_id] = tokens.tolist()
+            if compute:
+                self.computed.append(prefix_id)
         return PublishAnswer(len(tokens) // 16 * 16, self.refuse_prefixes)
 
     async def unpublish_prefix(self, prefix_id: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from stateful_sglang.session.journal.base import JournalError
 from stateful_sglang.session.journal.sqlite import SqliteJournal
 
-_CHANGES = frozenset({"open", "append", "update", "end", "keep"})
+_CHANGES = frozenset({"open", "append", "update", "end", "keep", "publish", "unpublish"})
 
 
 class FailingJournal:

@@ -9,17 +9,18 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from array import array
 from pathlib import Path
 
 import pytest
 from journal_rig import HEAD, TENANT, answer, opened, prepared, record_of, run, turn, user
 
 from stateful_sglang.session.history import History
-from stateful_sglang.session.journal import changes, files, reading, schema
+from stateful_sglang.session.journal import changes, files, maintenance, reading, schema
 from stateful_sglang.session.journal.base import JournalError, SessionQuery
 from stateful_sglang.session.journal.restoring import Restorer
 from stateful_sglang.session.journal.sqlite import SqliteJournal
-from stateful_sglang.session.records import KeyedResult, SessionOptions
+from stateful_sglang.session.records import KeyedResult, PrefixRecord, SessionOptions
 
 HOLD = """
 import sys, time
@@ -386,6 +387,58 @@ def test_what_a_tenant_has_open_is_counted_as_it_changes_and_in_files_of_older_r
     assert run(path, look) == ((1, 10), (1, 0), 2)
 
 
+async def prefix_ids(journal: SqliteJournal) -> list[str]:
+    return [each.id for each in await journal.prefixes()]
+
+
+def test_published_prefixes_outlive_the_process_in_their_order(tmp_path: Path) -> None:
+    made = [
+        PrefixRecord(name, label, "m", array("q", range(start, start + 300)), 1000.5)
+        for name, label, start in (("z", None, 0), ("a", "tools \udc80", 70_000), ("m", "x", 5))
+    ]
+
+    async def use(journal: SqliteJournal) -> None:
+        for each in made:
+            await journal.publish(each)
+        await journal.unpublish("m")
+        await journal.unpublish("never was")
+
+    async def look(journal: SqliteJournal) -> list[PrefixRecord]:
+        return list(await journal.prefixes())
+
+    run(tmp_path / "j", use)
+    assert run(tmp_path / "j", look) == made[:2]
+
+
+def test_a_file_from_before_there_were_prefixes_takes_them(filled: Path) -> None:
+    with contextlib.closing(sqlite3.connect(filled, isolation_level=None)) as db:
+        db.execute("DROP TABLE prefixes")
+        db.execute("PRAGMA user_version = 2")
+
+    async def use(journal: SqliteJournal) -> list[str]:
+        assert await prefix_ids(journal) == []
+        await journal.publish(PrefixRecord("p", None, "m", array("q", [1, 2]), 1.0))
+        assert (await journal.list(SessionQuery(TENANT))).total == 4
+        return await prefix_ids(journal)
+
+    assert run(filled, use) == ["p"]
+
+
+def test_a_damaged_prefix_is_left_out_and_a_check_names_it(filled: Path) -> None:
+    async def use(journal: SqliteJournal) -> None:
+        for name in ("p", "q"):
+            await journal.publish(PrefixRecord(name, None, "m", array("q", [1, 2]), 1.0))
+
+    run(filled, use)
+    with contextlib.closing(sqlite3.connect(filled, isolation_level=None)) as db:
+        db.execute("UPDATE prefixes SET tokens = x'05' WHERE id = 'p'")
+    assert run(filled, prefix_ids) == ["q"]
+    report = maintenance.check(filled)
+    assert report.facts["published prefixes"] == 2
+    (problem,) = report.problems
+    assert "published prefix p" in problem
+
+
 @pytest.mark.parametrize("query", ["open_count", "totals", "idle"])
 def test_what_is_asked_with_every_turn_looks_at_no_session_that_it_is_not_about(
     filled: Path, query: str
@@ -412,6 +465,7 @@ def undo_totals(db: sqlite3.Connection) -> None:
     for index in ("sessions_used", "sessions_lasting", "sessions_due"):
         db.execute(f"DROP INDEX {index}")
     db.execute("DROP TABLE totals")
+    db.execute("DROP TABLE prefixes")
     db.execute("CREATE INDEX sessions_used ON sessions (tenant, used_at)")
     db.execute("CREATE INDEX sessions_open ON sessions (used_at) WHERE state = 'open'")
     db.execute("PRAGMA user_version = 1")

@@ -31,6 +31,7 @@ def use(observer: Observer) -> None:
     observer.waited(0.5)
     observer.journal_committed(5, 0.002)
     observer.journal(JournalStats(43, 4096, 2, 1, 5, "the disk is full"))
+    observer.prefixes(2, 640)
     observer.recovered(1.5)
 
 
@@ -60,6 +61,8 @@ def registry() -> CollectorRegistry:
         ("journal_bytes", {}, 4096),
         ("journal_waiting", {}, 2),
         ("journal_broken", {}, 1),
+        ("published_prefixes", {}, 2),
+        ("published_tokens", {}, 640),
         ("recoveries_total", {}, 1),
         ("recovery_ttft_seconds_sum", {}, 1.5),
     ],

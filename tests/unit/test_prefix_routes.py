@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -46,10 +47,16 @@ async def test_a_system_prompt_is_published_up_to_the_first_word_of_a_user(
     for said in ("Hello", "\n\nhello", "42"):
         assert rendered(engine, said)[: len(tokens)] == tokens
     assert engine.tokenizer.decode(tokens).endswith("<|im_start|>user\n")
+    created_at = reply.json()["created_at"]
+    assert abs(created_at - time.time()) < 60
     assert reply.json() == {
         "id": next(iter(engine.published)),
+        "name": None,
+        "state": "published",
+        "problem": None,
         "tokens": len(tokens),
         "aligned_tokens": len(tokens) // 16 * 16,
+        "created_at": created_at,
     }
 
 
@@ -88,6 +95,8 @@ async def test_what_is_published_is_listed_once_until_it_is_removed(
         ({"input_ids": [1, 5000]}, "input_ids[1]"),
         ({"input_ids": [-1]}, "input_ids[0]"),
         ({"messages": []}, "messages"),
+        ({"text": "a", "name": ""}, "name"),
+        ({"text": "a", "name": "n" * 257}, "name"),
     ],
 )
 async def test_a_bad_body_is_refused_by_its_field(

@@ -209,9 +209,10 @@ class PublishingManager(Manager):
             yield each
 
 
-async def publish(manager: PublishingManager) -> PublishAnswer:
+async def publish(manager: PublishingManager, *, compute: bool = True) -> PublishAnswer:
     with tenants.acting_as(tenants.Identity("ops", admin=True, salt="its own")):
-        return await SGLangEngine(cast("Any", manager)).publish_prefix("p", array("q", [7, 8, 9]))
+        engine = SGLangEngine(cast("Any", manager))
+        return await engine.publish_prefix("p", array("q", [7, 8, 9]), compute=compute)
 
 
 async def test_a_published_prefix_is_computed_under_no_salt_whoever_publishes_it() -> None:
@@ -221,6 +222,12 @@ async def test_a_published_prefix_is_computed_under_no_salt_whoever_publishes_it
     assert (request.input_ids, request.sampling_params["max_new_tokens"]) == ([7, 8, 9], 0)
     assert manager.salts == [None]
     assert manager.unpublished == []
+
+
+async def test_a_prefix_is_published_without_its_kv_where_nobody_asks_for_it() -> None:
+    manager = PublishingManager()
+    assert await publish(manager, compute=False) == PublishAnswer(2, None)
+    assert (manager.requests, manager.unpublished) == ([], [])
 
 
 async def test_what_the_ranks_refuse_is_not_computed() -> None:

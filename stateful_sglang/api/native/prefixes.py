@@ -23,6 +23,7 @@ class PublishBody(Body):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     text: str | None = Field(default=None, min_length=1)
     input_ids: list[int] | None = Field(default=None, min_length=1)
+    name: str | None = Field(default=None, min_length=1, max_length=256)
 
     @model_validator(mode="after")
     def _one_kind(self) -> PublishBody:
@@ -37,10 +38,11 @@ class PublishBody(Body):
     def to_command(self) -> Publish:
         """As the service takes it."""
         if self.text is not None:
-            return Publish(NewText(self.text))
+            return Publish(NewText(self.text), self.name)
         if self.input_ids is not None:
-            return Publish(NewTokens(tuple(self.input_ids)))
-        return Publish(checked_head(self.system, self.tools, self.chat_template_kwargs))
+            return Publish(NewTokens(tuple(self.input_ids)), self.name)
+        head = checked_head(self.system, self.tools, self.chat_template_kwargs)
+        return Publish(head, self.name)
 
 
 def add_routes(router: APIRouter, serving: Serving) -> None:
@@ -56,7 +58,7 @@ def add_routes(router: APIRouter, serving: Serving) -> None:
     @router.get("/prefixes")
     async def list_prefixes() -> JSONResponse:
         """The published prefixes, the oldest first."""
-        return JSONResponse({"prefixes": [each._asdict() for each in prefixes.list()]})
+        return JSONResponse({"prefixes": [each._asdict() for each in await prefixes.list()]})
 
     @router.delete("/prefixes/{prefix_id}")
     async def remove(prefix_id: str) -> JSONResponse:

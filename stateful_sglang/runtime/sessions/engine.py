@@ -162,11 +162,13 @@ class SGLangEngine:
         """Drop the session on every rank."""
         self._manager.send_session_close(session_id)
 
-    async def publish_prefix(self, prefix_id: str, tokens: array[int]) -> PublishAnswer:
-        """Share a prefix on every rank and compute its KV; see :class:`TurnEngine`."""
+    async def publish_prefix(
+        self, prefix_id: str, tokens: array[int], *, compute: bool
+    ) -> PublishAnswer:
+        """Share a prefix on every rank; see :class:`TurnEngine`."""
         try:
             reply = await self._manager.publish(prefix_id, tokens.tolist())
-            if reply.problem is None:
+            if compute and reply.problem is None:
                 with tenants.acting_as(tenants.SERVER):  # which has no salt
                     await self._compute(tokens)
         except BaseException as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from stateful_sglang.session.history import Commit, History
-from stateful_sglang.session.records import KeyedResult, SessionRecord, State
+from stateful_sglang.session.records import KeyedResult, PrefixRecord, SessionRecord, State
 
 
 class JournalError(Exception):
@@ -175,6 +175,26 @@ class Journal(Protocol):
 
     async def oldest(self, tenant: str, limit: int) -> Sequence[str]:
         """A tenant's open sessions that were used longest ago."""
+        ...
+
+    async def publish(self, prefix: PrefixRecord) -> None:
+        """Record that a prefix is published.
+
+        Raises:
+            JournalError: It was not recorded.
+        """
+        ...
+
+    async def unpublish(self, prefix_id: str) -> None:
+        """Record that a prefix is published no longer; one that is not recorded is no error.
+
+        Raises:
+            JournalError: It was not recorded.
+        """
+        ...
+
+    async def prefixes(self) -> Sequence[PrefixRecord]:
+        """All that is published, in the order of its publication. Damaged ones are left out."""
         ...
 
     def stats(self) -> JournalStats:

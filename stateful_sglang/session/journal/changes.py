@@ -9,7 +9,13 @@ from stateful_sglang.session.history import Commit, History
 from stateful_sglang.session.journal import codec, rows
 from stateful_sglang.session.journal.base import JournalError
 from stateful_sglang.session.messages import Head
-from stateful_sglang.session.records import KEYS_KEPT_S, KeyedResult, SessionRecord, State
+from stateful_sglang.session.records import (
+    KEYS_KEPT_S,
+    KeyedResult,
+    PrefixRecord,
+    SessionRecord,
+    State,
+)
 
 TOMBSTONES_KEPT_S = 30 * 24 * 3600
 """Seconds that the record of a session which ended is kept."""
@@ -111,6 +117,19 @@ def end(db: sqlite3.Connection, session_id: str, state: State, now: float, erase
             " (SELECT 1 FROM commits WHERE head = ?1)",
             (head,),
         )
+
+
+def publish(db: sqlite3.Connection, prefix: PrefixRecord) -> None:
+    """Add a published prefix behind the others."""
+    marks = ", ".join("?" for _ in rows.PREFIX_COLUMNS.split(","))
+    db.execute(
+        f"INSERT INTO prefixes ({rows.PREFIX_COLUMNS}) VALUES ({marks})", rows.prefix_values(prefix)
+    )
+
+
+def unpublish(db: sqlite3.Connection, prefix_id: str) -> None:
+    """Drop a published prefix, if there is one of this id."""
+    db.execute("DELETE FROM prefixes WHERE id = ?", (codec.name(prefix_id),))
 
 
 def purge(db: sqlite3.Connection, now: float, *, all_tombstones: bool = False) -> int:

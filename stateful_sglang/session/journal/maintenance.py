@@ -168,6 +168,7 @@ def _facts(db: sqlite3.Connection, path: Path) -> dict[str, int]:
         "sessions open": one("SELECT count(*) FROM sessions WHERE state = 'open'"),
         "sessions ended": one("SELECT count(*) FROM sessions WHERE state <> 'open'"),
         "commits": one("SELECT count(*) FROM commits"),
+        "published prefixes": one("SELECT count(*) FROM prefixes"),
         "keyed results": one("SELECT count(*) FROM results"),
         "changes in batches": one("SELECT last FROM batches"),
     }
@@ -183,6 +184,11 @@ def _problems(db: sqlite3.Connection) -> Iterator[str]:
         exported = _exported(db, codec.from_name(id_))
         if "error" in exported:
             yield f"session {exported['id']}: {exported['error']}"
+    for row in db.execute(f"SELECT {rows.PREFIX_COLUMNS} FROM prefixes").fetchall():
+        try:
+            rows.prefix(row)
+        except codec.DamagedError as error:
+            yield f"published prefix {row[0]}: {error}"
 
 
 def _exported(db: sqlite3.Connection, session_id: str) -> dict[str, Any]:

@@ -11,7 +11,12 @@ from typing import Any, NamedTuple
 from stateful_sglang.session.journal import codec, rows
 from stateful_sglang.session.journal.base import SessionPage, SessionQuery, TenantTotals
 from stateful_sglang.session.messages import Head, Message
-from stateful_sglang.session.records import KEYS_KEPT_S, KeyedResult, SessionRecord
+from stateful_sglang.session.records import (
+    KEYS_KEPT_S,
+    KeyedResult,
+    PrefixRecord,
+    SessionRecord,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +169,17 @@ def oldest(db: sqlite3.Connection, tenant: str, limit: int) -> list[str]:
         (codec.name(tenant), limit),
     )
     return [codec.from_name(id_) for (id_,) in found]
+
+
+def prefixes(db: sqlite3.Connection) -> list[PrefixRecord]:
+    """What is published, the oldest first, without what is damaged."""
+    found = []
+    for row in db.execute(f"SELECT {rows.PREFIX_COLUMNS} FROM prefixes ORDER BY number"):
+        try:
+            found.append(rows.prefix(row))
+        except codec.DamagedError as error:
+            logger.error("published prefix %s is published no longer: %s", row[0], error)
+    return found
 
 
 def open_count(db: sqlite3.Connection) -> int:

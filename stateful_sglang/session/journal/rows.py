@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from typing import Any
 
 from stateful_sglang.session.journal import codec
 from stateful_sglang.session.journal.codec import Column
-from stateful_sglang.session.records import CommitRef, KeyedResult, SessionOptions, SessionRecord
+from stateful_sglang.session.records import (
+    CommitRef,
+    KeyedResult,
+    PrefixRecord,
+    SessionOptions,
+    SessionRecord,
+)
 
 COLUMNS = (
     "id, tenant, model, state, created_at, used_at, version, newest, tokens, messages, pending,"
@@ -16,6 +23,7 @@ COLUMNS = (
 )
 """Of ``sessions``, in the order that `record` reads."""
 KEYED_COLUMNS = "tenant, scope, key, digest, result, created_at"
+PREFIX_COLUMNS = "id, name, model, tokens, created_at"
 
 
 def values(record: SessionRecord) -> dict[str, Any]:
@@ -110,6 +118,33 @@ def keyed_result(row: tuple[Any, ...]) -> KeyedResult:
     *names, result, created_at = row
     tenant, scope, key, digest = (codec.from_name(each) for each in names)
     return KeyedResult(tenant, scope, key, digest, codec.parse(result), created_at)
+
+
+def prefix_values(prefix: PrefixRecord) -> tuple[Any, ...]:
+    """A published prefix by `PREFIX_COLUMNS`."""
+    return (
+        codec.name(prefix.id),
+        _name(prefix.name),
+        codec.name(prefix.model),
+        codec.dump_tokens(array("i", prefix.tokens)),
+        prefix.created_at,
+    )
+
+
+def prefix(row: tuple[Any, ...]) -> PrefixRecord:
+    """The published prefix in a row of `PREFIX_COLUMNS`.
+
+    Raises:
+        DamagedError: It holds none.
+    """
+    id_, name, model, tokens, created_at = row
+    return PrefixRecord(
+        codec.from_name(id_),
+        None if name is None else codec.from_name(name),
+        codec.from_name(model),
+        array("q", codec.parse_tokens(tokens)),
+        created_at,
+    )
 
 
 def _name(text: str | None) -> Column | None:

@@ -68,7 +68,12 @@ TOTALS: Step = (
     "CREATE INDEX sessions_due ON sessions (used_at + ttl_s)"
     " WHERE state = 'open' AND ttl_s IS NOT NULL",
 )
-MIGRATIONS: tuple[Step, ...] = (FIRST, TOTALS)
+PREFIXES: Step = (
+    # In the order in which they were published, which decides for which of them there is room.
+    "CREATE TABLE prefixes (number INTEGER PRIMARY KEY, id NOT NULL UNIQUE, name, model NOT NULL,"
+    " tokens BLOB NOT NULL, created_at REAL NOT NULL)",
+)
+MIGRATIONS: tuple[Step, ...] = (FIRST, TOTALS, PREFIXES)
 """Step n brings a file of schema version n to n + 1; one that was released never changes."""
 
 

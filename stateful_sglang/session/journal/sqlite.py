@@ -24,7 +24,7 @@ from stateful_sglang.session.journal.files import Sync
 from stateful_sglang.session.journal.holder import HeldError, Holder
 from stateful_sglang.session.journal.restoring import Restorer
 from stateful_sglang.session.journal.writer import Job, Writer
-from stateful_sglang.session.records import KeyedResult, SessionRecord, State
+from stateful_sglang.session.records import KeyedResult, PrefixRecord, SessionRecord, State
 
 T = TypeVar("T")
 
@@ -176,6 +176,18 @@ class SqliteJournal:
     async def oldest(self, tenant: str, limit: int) -> Sequence[str]:
         """See `Journal.oldest`."""
         return await self._read(lambda db: reading.oldest(db, tenant, limit))
+
+    async def publish(self, prefix: PrefixRecord) -> None:
+        """See `Journal.publish`."""
+        await self._change(lambda db: changes.publish(db, prefix), grows=True)
+
+    async def unpublish(self, prefix_id: str) -> None:
+        """See `Journal.unpublish`."""
+        await self._change(lambda db: changes.unpublish(db, prefix_id))
+
+    async def prefixes(self) -> Sequence[PrefixRecord]:
+        """See `Journal.prefixes`."""
+        return await self._read(reading.prefixes)
 
     def stats(self) -> JournalStats:
         """See `Journal.stats`."""
