@@ -144,6 +144,17 @@ def sessions(context: typer.Context) -> None:
     commands(context.args, prog_name="stateful-sglang sessions")
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def prefixes(context: typer.Context) -> None:
+    """System prompts that all tenants of a running server share: add, ls, rm."""
+    from stateful_sglang.client.prefixes_terminal import app as commands
+
+    commands(context.args, prog_name="stateful-sglang prefixes")
+
+
 def _ensure(cache_dir: Path | None) -> Path:
     from stateful_sglang.embedded import cache as models
 

@@ -14,6 +14,7 @@ from stateful_sglang import loopback
 from stateful_sglang.client import retries
 from stateful_sglang.client.errors import (
     ApiError,
+    PrefixNotFoundError,
     SessionGoneError,
     SessionNotFoundError,
     response_error,
@@ -30,6 +31,7 @@ from stateful_sglang.client.types import (
     ListOptions,
     Messages,
     OpenOptions,
+    PublishOptions,
     SessionPage,
     Turn,
     WriteOptions,
@@ -38,6 +40,8 @@ from stateful_sglang.client.types import (
     list_query,
     message_list,
     open_body,
+    prefix_path,
+    publish_body,
 )
 
 
@@ -128,6 +132,29 @@ class AsyncClient:
             self, (await self.request("POST", "/v1/sessions/import", body, keyed=True))["id"]
         )
 
+    async def publish(self, **options: Unpack[PublishOptions]) -> dict[str, Any]:
+        """Publish a prefix to all tenants, for administrators: how it is then.
+
+        What is published already is answered as it is.
+
+        Raises:
+            PublishRefusedError: There is no room for it beside the others.
+        """
+        body = publish_body(options)
+        return await self.request("POST", "/v1/prefixes", body, repeatable=True)
+
+    async def prefixes(self) -> list[dict[str, Any]]:
+        """What is published, the oldest first, for administrators."""
+        reply = await self.request("GET", "/v1/prefixes")
+        return list(reply["prefixes"])
+
+    async def unpublish(self, prefix_id: str) -> None:
+        """Publish a prefix no longer; one that is not published is no error."""
+        try:
+            await self.request("DELETE", prefix_path(prefix_id))
+        except PrefixNotFoundError:
+            return
+
     async def tree(self, session: AsyncSession | None = None, limit: int = 100) -> dict[str, Any]:
         """The prefix tree, or the path of one session in it."""
         only = session.id if session is not None else None
@@ -143,6 +170,7 @@ class AsyncClient:
         *,
         query: Mapping[str, Any] | None = None,
         keyed: bool = False,
+        repeatable: bool = False,
     ) -> dict[str, Any]:
         """One call, sent again where that may help; an error status is raised as its `ApiError`.
 
@@ -153,10 +181,11 @@ class AsyncClient:
             query: Of the URL.
             keyed: The call takes an idempotency key, so that it can be sent again whatever became
                 of it; a body without one gets one.
+            repeatable: It does the same twice as once, though it takes no key.
         """
         if keyed:
             body = retries.keyed(body or {}, self._retries)
-        attempts = Attempts(self._retries, method, body)
+        attempts = Attempts(self._retries, method, body, repeatable=repeatable)
         while True:
             try:
                 response = await self._http.request(method, path, json=body, params=query)

@@ -72,6 +72,14 @@ class SessionClosedError(SessionGoneError):
     """The session was closed while the turn ran."""
 
 
+class PrefixNotFoundError(ApiError):
+    """No prefix of this id is published."""
+
+
+class PublishRefusedError(ConflictError):
+    """There is no room for the prefix beside the others that are published; nothing has changed."""
+
+
 class ContextLengthError(ApiError):
     """The delta does not fit; `tokens_left` would."""
 
@@ -141,6 +149,8 @@ _BY_TYPE: Mapping[str, type[ApiError]] = {
     "session_not_found": SessionNotFoundError,
     "session_gone": SessionGoneError,
     "unknown_version": UnknownVersionError,
+    "prefix_not_found": PrefixNotFoundError,
+    "publish_refused": PublishRefusedError,
     "other_model": OtherModelError,
     "session_busy": SessionBusyError,
     "version_mismatch": VersionMismatchError,

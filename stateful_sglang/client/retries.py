@@ -38,11 +38,14 @@ class Retries:
 class Attempts:
     """The attempts of one request."""
 
-    def __init__(self, retries: Retries, method: str, body: Any = None) -> None:
+    def __init__(
+        self, retries: Retries, method: str, body: Any = None, *, repeatable: bool = False
+    ) -> None:
+        """`repeatable`: it does the same twice as once, though neither method nor body say so."""
         self._retries = retries
         self._made = 0
         keyed = isinstance(body, Mapping) and KEY in body
-        self._repeatable = keyed or method in _SAFE_METHODS
+        self._repeatable = repeatable or keyed or method in _SAFE_METHODS
 
     def pause(self, error: Exception) -> float:
         """Seconds to wait before the next attempt.

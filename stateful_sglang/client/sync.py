@@ -14,6 +14,7 @@ from stateful_sglang import loopback
 from stateful_sglang.client import retries
 from stateful_sglang.client.errors import (
     ApiError,
+    PrefixNotFoundError,
     SessionGoneError,
     SessionNotFoundError,
     response_error,
@@ -29,6 +30,7 @@ from stateful_sglang.client.types import (
     ListOptions,
     Messages,
     OpenOptions,
+    PublishOptions,
     SessionPage,
     Turn,
     WriteOptions,
@@ -37,6 +39,8 @@ from stateful_sglang.client.types import (
     list_query,
     message_list,
     open_body,
+    prefix_path,
+    publish_body,
 )
 
 DEFAULT_URL = "http://127.0.0.1:30000"
@@ -126,6 +130,29 @@ class Client:
         reply = self.request("POST", "/v1/sessions/import", body, keyed=True)
         return Session(self, reply["id"])
 
+    def publish(self, **options: Unpack[PublishOptions]) -> dict[str, Any]:
+        """Publish a prefix to all tenants, for administrators: how it is then.
+
+        What is published already is answered as it is.
+
+        Raises:
+            PublishRefusedError: There is no room for it beside the others.
+        """
+        body = publish_body(options)
+        return self.request("POST", "/v1/prefixes", body, repeatable=True)
+
+    def prefixes(self) -> list[dict[str, Any]]:
+        """What is published, the oldest first, for administrators."""
+        reply = self.request("GET", "/v1/prefixes")
+        return list(reply["prefixes"])
+
+    def unpublish(self, prefix_id: str) -> None:
+        """Publish a prefix no longer; one that is not published is no error."""
+        try:
+            self.request("DELETE", prefix_path(prefix_id))
+        except PrefixNotFoundError:
+            return
+
     def tree(self, session: Session | None = None, limit: int = 100) -> dict[str, Any]:
         """The prefix tree, or the path of one session in it."""
         only = session.id if session is not None else None
@@ -139,6 +166,7 @@ class Client:
         *,
         query: Mapping[str, Any] | None = None,
         keyed: bool = False,
+        repeatable: bool = False,
     ) -> dict[str, Any]:
         """One call, sent again where that may help; an error status is raised as its `ApiError`.
 
@@ -149,10 +177,11 @@ class Client:
             query: Of the URL.
             keyed: The call takes an idempotency key, so that it can be sent again whatever became
                 of it; a body without one gets one.
+            repeatable: It does the same twice as once, though it takes no key.
         """
         if keyed:
             body = retries.keyed(body or {}, self._retries)
-        attempts = Attempts(self._retries, method, body)
+        attempts = Attempts(self._retries, method, body, repeatable=repeatable)
         while True:
             try:
                 response = self._http.request(method, path, json=body, params=query)

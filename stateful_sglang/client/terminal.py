@@ -15,15 +15,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
-import httpx
 import typer
 
-from stateful_sglang.client.errors import ApiError, OtherModelError
+from stateful_sglang.client.connecting import ANY_ID, ApiKey, AsJson, Url, connected, failed
+from stateful_sglang.client.errors import OtherModelError
 from stateful_sglang.client.printing import print_json, print_message, print_rows, said, shown
-from stateful_sglang.client.sync import DEFAULT_URL, Client, Session
+from stateful_sglang.client.sync import DEFAULT_URL, Session
 from stateful_sglang.client.types import ListOptions, State
-
-API_KEY_ENV = "STATEFUL_SGLANG_API_KEY"
 
 app = typer.Typer(
     name="stateful-sglang sessions",
@@ -32,21 +30,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Url = Annotated[str, typer.Option("--url", help="The server.")]
-ApiKey = Annotated[
-    str | None,
-    typer.Option(
-        "--api-key",
-        envvar=API_KEY_ENV,
-        show_default=False,
-        help="Where the server asks for one. Better in the environment: arguments can be seen.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON, for programs.")]
 Id = Annotated[str, typer.Argument(metavar="ID", help="A session's id.", show_default=False)]
 
-_ANY_ID = {"ignore_unknown_options": True}
-"""Of commands that take an id, which may begin with a dash."""
 _COLUMNS = {
     "id": "id",
     "state": "state",
@@ -74,7 +59,7 @@ def ls(
     ] = None,
 ) -> None:
     """List your sessions, the last used first."""
-    with _client(url, api_key) as client:
+    with connected(url, api_key) as client:
         options: ListOptions = {"limit": min(limit, 1000), "metadata": _pairs(metadata or [])}
         options["state"] = _state(state)
         found = [
@@ -88,7 +73,7 @@ def ls(
         )
 
 
-@app.command(context_settings=_ANY_ID)
+@app.command(context_settings=ANY_ID)
 def show(
     session_id: Id,
     url: Url = DEFAULT_URL,
@@ -108,7 +93,7 @@ def show(
         print_message(each)
 
 
-@app.command(context_settings=_ANY_ID)
+@app.command(context_settings=ANY_ID)
 def fork(
     session_id: Id,
     url: Url = DEFAULT_URL,
@@ -125,7 +110,7 @@ def fork(
             print(forked.id)
 
 
-@app.command(context_settings=_ANY_ID)
+@app.command(context_settings=ANY_ID)
 def rollback(
     session_id: Id,
     version: Annotated[int, typer.Argument(help="The version to go back to.", min=0)],
@@ -142,7 +127,7 @@ def rollback(
         print(f"{session_id} is at version {view['version']}, {view['tokens']} tokens")
 
 
-@app.command(context_settings=_ANY_ID)
+@app.command(context_settings=ANY_ID)
 def close(
     session_id: Id,
     url: Url = DEFAULT_URL,
@@ -153,7 +138,7 @@ def close(
     ] = False,
 ) -> None:
     """Close a session."""
-    with _client(url, api_key) as client:
+    with connected(url, api_key) as client:
         closed = client.request("DELETE", client.session(session_id).path(), query={"erase": erase})
     if as_json:
         print_json(closed)
@@ -161,7 +146,7 @@ def close(
         print(f"{session_id} is closed" + (", its content erased" if closed["erased"] else ""))
 
 
-@app.command(context_settings=_ANY_ID)
+@app.command(context_settings=ANY_ID)
 def tail(
     session_id: Id,
     url: Url = DEFAULT_URL,
@@ -181,7 +166,7 @@ def tail(
         raise typer.Exit(130) from None
 
 
-@app.command(context_settings=_ANY_ID)
+@app.command(context_settings=ANY_ID)
 def export(
     session_id: Id,
     file: Annotated[Path, typer.Argument(help="Where to; - for standard output.")],
@@ -197,7 +182,7 @@ def export(
     try:
         _write_private(file, json.dumps(exported, ensure_ascii=False))
     except OSError as error:
-        raise _failed(f"{file} can't be written: {error.strerror}") from error
+        raise failed(f"{file} can't be written: {error.strerror}") from error
     print(f"{file}: session {session_id}")
 
 
@@ -220,16 +205,16 @@ def import_(
         text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
         exported = json.loads(text)
     except OSError as error:
-        raise _failed(f"{file} can't be read: {error.strerror}") from error
+        raise failed(f"{file} can't be read: {error.strerror}") from error
     except ValueError as error:
-        raise _failed(f"{file} is no exported session: {error}") from error
+        raise failed(f"{file} is no exported session: {error}") from error
     if not isinstance(exported, dict):
-        raise _failed(f"{file} is no exported session: expected a JSON object")
-    with _client(url, api_key) as client:
+        raise failed(f"{file} is no exported session: expected a JSON object")
+    with connected(url, api_key) as client:
         try:
             session = client.import_session(exported, accept_other_model=accept_other_model)
         except OtherModelError as error:
-            raise _failed(
+            raise failed(
                 f"{error}\nModel or chat template differ, so this server can't continue the "
                 "session's tokens; --accept-other-model takes its messages alone"
             ) from error
@@ -240,28 +225,9 @@ def import_(
 
 
 @contextmanager
-def _client(url: str, api_key: str | None) -> Iterator[Client]:
-    """A client whose errors are a line and an exit status."""
-    try:
-        with Client(url, api_key=api_key, max_retries=0) as client:
-            yield client
-    except ApiError as error:
-        raise _failed(str(error)) from error
-    except httpx.TransportError as error:
-        raise _failed(f"{url} does not answer: {error}; is the server running?") from error
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-        raise _failed(f"--url {url} can't be used: {error}") from error
-
-
-@contextmanager
 def _session(url: str, api_key: str | None, session_id: str) -> Iterator[Session]:
-    with _client(url, api_key) as client:
+    with connected(url, api_key) as client:
         yield client.session(session_id)
-
-
-def _failed(message: str) -> typer.Exit:
-    print(f"stateful-sglang: {message}", file=sys.stderr)
-    return typer.Exit(1)
 
 
 def _state(given: str) -> State:

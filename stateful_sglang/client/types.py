@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict
+from urllib.parse import quote
 
 from stateful_sglang.service.results import Usage
 from stateful_sglang.session.records import Retention
@@ -145,6 +146,19 @@ class OpenOptions(KeptOptions, total=False):
     """Of one's own; without it the client makes one."""
 
 
+class PublishOptions(TypedDict, total=False):
+    """What is published: the fields of ``POST /v1/prefixes``, exactly one of ``system`` (with or
+    without ``tools``, which may stand alone), ``text`` and ``input_ids``."""
+
+    system: str | None
+    tools: Sequence[Mapping[str, Any]] | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    text: str | None
+    input_ids: Sequence[int] | None
+    name: str | None
+    """What people call it."""
+
+
 class ForkOptions(KeptOptions, total=False):
     """How to fork: the fields of ``POST /v1/sessions/{id}/fork``; what is left out is the
     source's."""
@@ -211,6 +225,20 @@ def open_body(options: OpenOptions) -> dict[str, Any]:
     if (messages := options.get("messages")) is not None:
         body["messages"] = message_list(messages)
     return given({**body, "tools": list(options.get("tools") or ()) or None})
+
+
+def prefix_path(prefix_id: str) -> str:
+    """Of a published prefix's route."""
+    return f"/v1/prefixes/{quote(prefix_id, safe='')}"
+
+
+def publish_body(options: PublishOptions) -> dict[str, Any]:
+    """Body of ``POST /v1/prefixes``, what is absent left out."""
+    body: dict[str, Any] = {**options}
+    for name in ("tools", "input_ids"):
+        if (items := body.get(name)) is not None:
+            body[name] = list(items)
+    return given(body)
 
 
 def append_body(

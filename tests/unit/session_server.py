@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import uvicorn
@@ -47,3 +48,27 @@ async def served(engine: EngineDouble, app: FastAPI | None = None) -> AsyncItera
     finally:
         server.should_exit = True
         await task
+
+
+@contextmanager
+def running() -> Iterator[tuple[str, EngineDouble, FailingJournal]]:
+    """A server in a thread of its own, since the command blocks."""
+    started, stop = threading.Event(), asyncio.Event()
+    engine, journal = EngineDouble(), FailingJournal()
+    found: dict[str, Any] = {}
+
+    async def serve() -> None:
+        found["loop"] = asyncio.get_running_loop()
+        async with served(engine, app_of(engine, journal)) as url:
+            found["url"] = url
+            started.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    started.wait()
+    try:
+        yield found["url"], engine, journal
+    finally:
+        found["loop"].call_soon_threadsafe(stop.set)
+        thread.join()

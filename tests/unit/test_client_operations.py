@@ -178,3 +178,22 @@ async def test_what_the_server_cannot_do_has_a_type_of_its_own(rig: Any) -> None
             await session.append("y", **how)
     engine.go.set()
     await running
+
+
+async def test_prefixes_are_published_listed_and_published_no_longer(rig: Any) -> None:
+    client, engine, journal = rig
+    made = await client.publish(system="Be terse.", tools=(TOOL,), name="all")
+    raw = await client.publish(input_ids=(5, 6, 7))
+    assert await client.publish(system="Be terse.", tools=[TOOL]) == made
+    assert await client.prefixes() == [made, raw]
+    assert (made["name"], made["state"], raw["tokens"]) == ("all", "published", 3)
+    for _ in range(2):
+        await client.unpublish(raw["id"])
+    assert list(engine.published) == [made["id"]]
+    engine.refuse_prefixes = "there is no room"
+    with pytest.raises(frontend.PublishRefusedError, match="no room"):
+        await client.publish(text="once")
+    engine.refuse_prefixes = None
+    journal.broken = "the disk is full"
+    with pytest.raises(frontend.NotRecordedError):
+        await client.publish(text="once")

@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine_double import EngineDouble
 from failing_journal import FailingJournal
-from session_server import app_of, served
+from session_server import running
 from typer.testing import CliRunner
 
 from stateful_sglang import cli
 from stateful_sglang.client import Client
 from stateful_sglang.client.terminal import app
-
-
-@contextmanager
-def running() -> Iterator[tuple[str, EngineDouble, FailingJournal]]:
-    """A server in a thread of its own, since the command blocks."""
-    started, stop = threading.Event(), asyncio.Event()
-    engine, journal = EngineDouble(), FailingJournal()
-    found: dict[str, Any] = {}
-
-    async def serve() -> None:
-        found["loop"] = asyncio.get_running_loop()
-        async with served(engine, app_of(engine, journal)) as url:
-            found["url"] = url
-            started.set()
-            await stop.wait()
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    started.wait()
-    try:
-        yield found["url"], engine, journal
-    finally:
-        found["loop"].call_soon_threadsafe(stop.set)
-        thread.join()
 
 
 @pytest.fixture
