@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from array import array
 from collections.abc import Callable, Sequence
@@ -23,11 +24,13 @@ from sglang.srt.mem_cache.allocator import (  # noqa: E402
     PagedTokenToKVPoolAllocator,
     TokenToKVPoolAllocator,
 )
+from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator  # noqa: E402
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams  # noqa: E402
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams  # noqa: E402
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache  # noqa: E402
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool  # noqa: E402
 from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402, F401 - for tests that count
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool  # noqa: E402
 from sglang.srt.mem_cache.unified_cache.components import ComponentType  # noqa: E402
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache  # noqa: E402
 from sglang.srt.runtime_context import get_context  # noqa: E402
@@ -63,6 +66,40 @@ def params(pool_tokens: int, page_size: int = 1, context: int = 16384) -> CacheI
         token_to_kv_pool_allocator=allocator,
         page_size=page_size,
         tree_components=(ComponentType.FULL,),
+    )
+
+
+WINDOW = 4
+"""Tokens that the sliding-window layer of `swa_params` sees."""
+
+
+def swa_params(pool_tokens: int) -> CacheInitParams:
+    """The same for a model with one full-attention and one sliding-window layer."""
+    pool = SWAKVPool(
+        size=pool_tokens,
+        size_swa=pool_tokens,
+        page_size=1,
+        dtype=torch.float16,
+        head_num=1,
+        head_dim=2,
+        swa_attention_layer_ids=[1],
+        full_attention_layer_ids=[0],
+        device="cpu",
+    )
+    allocator = SWATokenToKVPoolAllocator(
+        size=pool_tokens,
+        size_swa=pool_tokens,
+        page_size=1,
+        dtype=torch.float16,
+        device="cpu",
+        kvcache=pool,
+        need_sort=False,
+    )
+    return dataclasses.replace(
+        params(pool_tokens),
+        token_to_kv_pool_allocator=allocator,
+        sliding_window_size=WINDOW,
+        tree_components=(ComponentType.FULL, ComponentType.SWA),
     )
 
 
@@ -256,7 +293,7 @@ class Rig:
         paths = [(child, ()) for child in self.tree.tree_core.root_node.children.values()]
         while paths:
             node, above = paths.pop()
-            tokens = (*above, *node.key.token_ids)
+            tokens = (*above, *node.key.token_ids[: len(node.key)])  # a bigram has one more
             held = node.component_data[ComponentType.FULL].value
             assert len(held) == len(node.key)
             expected = chain(tokens)[len(above) :]

@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-import torch
-from prefix_rig import Rig, params
-from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
+from prefix_rig import Rig, swa_params
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
-from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.components import ComponentType, SWAComponent
 
-WINDOW = 4
 POOL = 200
 
 
 def swa_rig(pin_budget: float = 0.5) -> Rig:
     """A rank of a model with one full-attention and one sliding-window layer."""
-    pool = SWAKVPool(
-        size=POOL,
-        size_swa=POOL,
-        page_size=1,
-        dtype=torch.float16,
-        head_num=1,
-        head_dim=2,
-        swa_attention_layer_ids=[1],
-        full_attention_layer_ids=[0],
-        device="cpu",
-    )
-    allocator = SWATokenToKVPoolAllocator(
-        size=POOL,
-        size_swa=POOL,
-        page_size=1,
-        dtype=torch.float16,
-        device="cpu",
-        kvcache=pool,
-        need_sort=False,
-    )
-    made = dataclasses.replace(
-        params(POOL),
-        token_to_kv_pool_allocator=allocator,
-        sliding_window_size=WINDOW,
-        tree_components=(ComponentType.FULL, ComponentType.SWA),
-    )
-    return Rig(pool_tokens=POOL, pin_budget=pin_budget, made=made)
+    return Rig(pool_tokens=POOL, pin_budget=pin_budget, made=swa_params(POOL))
 
 
 def test_the_window_component_stays_sglangs_own() -> None:

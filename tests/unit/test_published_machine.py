@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -19,18 +20,25 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from prefix_rig import RadixKey, Rig
+from prefix_rig import CacheInitParams, RadixKey, Rig, params, swa_params
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang.srt.mem_cache.unified_cache.components import ComponentType
+
+from stateful_sglang.runtime.tree.open_keys import OpenKey
 
 # Two tokens, so that what one publishes is what many begin with.
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=12)
 SALTS = st.sampled_from(["a", "b", None])
+POOL = 96
 
 
 class SaltedRig(Rig):
     """Knows for whom each KV slot was computed."""
 
-    def __init__(self, page_size: int, budget: float = 1.0) -> None:
-        super().__init__(pool_tokens=96, page_size=page_size, publish_budget=budget)
+    def __init__(
+        self, page_size: int, budget: float = 1.0, made: CacheInitParams | None = None
+    ) -> None:
+        super().__init__(pool_tokens=POOL, page_size=page_size, publish_budget=budget, made=made)
         self.computed_for: dict[int, str | None] = {}
 
     def _compute(self, req: Any, start: int, stop: int) -> None:
@@ -55,18 +63,27 @@ class PublishedMachine(RuleBasedStateMachine):
 
     requests = Bundle("requests")
     page_size = 1
+    boundary = 0
+    """Tokens behind its last one that a unit of a key depends on."""
 
-    @initialize()
-    def build(self) -> None:
-        self.rig = SaltedRig(self.page_size)
+    def made(self) -> CacheInitParams:
+        return params(POOL, self.page_size)
+
+    @initialize(first=st.none() | TOKENS)
+    def build(self, first: list[int] | None) -> None:
+        self.rig = SaltedRig(self.page_size, made=self.made())
         self.published: dict[str, list[int]] = {}
+        """What a request must begin with to share it."""
         self.ever: list[list[int]] = []
         self.sessions: dict[str, list[int]] = {}
         self.busy: set[str] = set()
-        self.made = 0
+        self.count = 0
+        if first is not None:
+            self.publish(first)
 
     def aligned(self, tokens: Sequence[int]) -> int:
-        return len(tokens) // self.page_size * self.page_size
+        units = max(0, len(tokens) - self.boundary)
+        return units // self.page_size * self.page_size
 
     def check_found(self, req: Any) -> None:
         found, salt = self.rig.hits[req.rid], req.cache_salt
@@ -78,19 +95,23 @@ class PublishedMachine(RuleBasedStateMachine):
             public = max((length for _, length in shared), default=0)
         else:
             public = max((length for whole, length in shared if whole == length), default=0)
+        public -= self.boundary
         assert all(at < public for at in foreign), f"KV of another salt at {foreign}"
 
     @precondition(lambda self: len(self.published) < 4)
     @rule(tokens=TOKENS)
+    def publish_another(self, tokens: list[int]) -> None:
+        self.publish(tokens)
+
     def publish(self, tokens: list[int]) -> None:
-        self.made += 1
-        name = f"p{self.made}"
+        self.count += 1
+        name = f"p{self.count}"
         units, problem = self.rig.tree.publish(name, tokens)
         assert units == self.aligned(tokens)
         assert (problem is None) == (units > 0)
         if problem is None:
-            self.published[name] = tokens[:units]
-            self.ever.append(tokens[:units])
+            self.published[name] = tokens[: units + self.boundary]
+            self.ever.append(self.published[name])
 
     @precondition(lambda self: self.published)
     @rule(data=st.data())
@@ -101,13 +122,26 @@ class PublishedMachine(RuleBasedStateMachine):
 
     @rule(target=requests, tail=TOKENS, salt=SALTS, data=st.data())
     def start(self, tail: list[int], salt: str | None, data: st.DataObject) -> Any:
-        heads = [[], *self.published.values()]
-        prompt = [*data.draw(st.sampled_from(heads)), *tail]
-        req = self.rig.start(prompt, salt=salt)
+        req = self.rig.start(self.prompt(tail, data), salt=salt)
         if req is None:
             return multiple()
         self.check_found(req)
         return req
+
+    def prompt(self, tail: list[int], data: st.DataObject) -> list[int]:
+        """Begins with what is published or was, with nearly all of it, or with anything."""
+        head = data.draw(st.sampled_from([[], *self.ever]))
+        return [*head[: len(head) - data.draw(st.integers(0, 1))], *tail]
+
+    @rule(tails=st.lists(st.tuples(TOKENS, SALTS), min_size=1, max_size=4), data=st.data())
+    def ask_one_after_the_other(
+        self, tails: list[tuple[list[int], str | None]], data: st.DataObject
+    ) -> None:
+        for tail, salt in tails:
+            req = self.rig.start(self.prompt(tail, data), salt=salt)
+            if req is not None:
+                self.check_found(req)
+                self.rig.finish(req, 0)
 
     @rule(target=requests, delta=TOKENS, salt=SALTS, keep=st.floats(0, 1))
     def start_turn(self, delta: list[int], salt: str | None, keep: float) -> Any:
@@ -171,6 +205,11 @@ class PublishedMachine(RuleBasedStateMachine):
         evictable = self.rig.tree.evictable_size()
         assert self.rig.evict(tokens) >= min(tokens, evictable)
 
+    @rule(tokens=st.integers(1, 20))
+    def slide_windows(self, tokens: int) -> None:
+        if ComponentType.SWA in self.rig.tree.components:
+            self.rig.tree.evict(EvictParams(num_tokens=0, swa_num_tokens=tokens))
+
     @invariant()
     def accounts_balance(self) -> None:
         if hasattr(self, "rig"):
@@ -193,15 +232,47 @@ class PagedPublishedMachine(PublishedMachine):
     page_size = 4
 
 
+class BigramPublishedMachine(PublishedMachine):
+    """The same where a draft model's KV depends on the next token, as EAGLE's does."""
+
+    boundary = 1
+
+    def made(self) -> CacheInitParams:
+        return dataclasses.replace(super().made(), is_eagle=True)
+
+
+class PagedBigramPublishedMachine(BigramPublishedMachine):
+    """The same with pages of several tokens."""
+
+    page_size = 4
+
+
+class WindowedPublishedMachine(PublishedMachine):
+    """The same where a layer's KV is dropped that is out of its sliding window."""
+
+    def made(self) -> CacheInitParams:
+        return swa_params(POOL)
+
+
 TestPublished = PublishedMachine.TestCase
 TestPagedPublished = PagedPublishedMachine.TestCase
-for case in (TestPublished, TestPagedPublished):
+TestBigramPublished = BigramPublishedMachine.TestCase
+TestPagedBigramPublished = PagedBigramPublishedMachine.TestCase
+TestWindowedPublished = WindowedPublishedMachine.TestCase
+for case in (
+    TestPublished,
+    TestPagedPublished,
+    TestBigramPublished,
+    TestPagedBigramPublished,
+    TestWindowedPublished,
+):
     case.settings = settings(
         max_examples=80,
         stateful_step_count=40,
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     )
+del case  # else it is collected once more
 
 SYSTEM = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 """Two pages of four tokens, and half a third one."""
@@ -255,6 +326,19 @@ def test_a_running_request_keeps_to_the_path_that_it_was_matched_with() -> None:
     rig.evict(rig.pool_tokens)
     rig.check()
     assert rig.allocator.available_size() == rig.pool_tokens
+
+
+def test_a_tree_that_publishes_nothing_keeps_sglangs_keys_and_takes_ours_with_the_first() -> None:
+    rig = SaltedRig(4)
+    hits(rig, [*SYSTEM, *range(20, 40)], "a")
+    hits(rig, [*SYSTEM, *range(50, 70)], None)
+    assert {type(node.key) for node in rig.tree.tree_core.nodes()} == {RadixKey}
+    assert rig.tree.publish("short", SYSTEM[:3])[1] is not None
+    assert {type(node.key) for node in rig.tree.tree_core.nodes()} == {RadixKey}
+    rig.tree.publish("p", SYSTEM)
+    assert {type(node.key) for node in rig.tree.tree_core.nodes()} == {OpenKey}
+    assert hits(rig, [*SYSTEM, 90, 91], "b") == 8
+    rig.check()
 
 
 def test_a_conversation_begun_before_the_publication_goes_on_where_its_kv_is() -> None:

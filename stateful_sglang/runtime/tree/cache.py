@@ -256,7 +256,7 @@ class CardinalPrefixTree(UnifiedRadixCache):
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """Match as SGLang does; a turn's session ends at the turn's base from here on."""
-        if params.req is not None and not self.disable:
+        if params.req is not None and self._publishing.active and not self.disable:
             key = self._publishing.key_of(params.req, params.key)
             params = dataclasses.replace(params, key=key)
         turn = self._turn_of(params.req.rid) if params.req is not None else None
@@ -274,11 +274,11 @@ class CardinalPrefixTree(UnifiedRadixCache):
 
     def insert(self, params: InsertParams) -> InsertResult:
         """Insert as SGLang does, with the open part that the inserting request was matched with."""
-        if self.disable:
+        if self.disable or not self._publishing.active:
             return super().insert(params)
-        params.key = self._publishing.inserted_key(params.key)
+        key = params.key = self._publishing.inserted_key(params.key)
         result = super().insert(params)
-        self._publishing.cut(result)
+        self._publishing.cut(key, result)
         return result
 
     def checkpoint_into_tree(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
