@@ -1,9 +1,12 @@
-"""A real server with tenants: what is published is shared by all, and what follows it by none."""
+"""Real servers with tenants: what is published is shared by all, and what follows it by none."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
@@ -31,12 +34,21 @@ class Tenants(NamedTuple):
 def tenants(
     tmp_path_factory: pytest.TempPathFactory, server_arguments: list[str]
 ) -> Iterator[Tenants]:
-    path = tmp_path_factory.mktemp("keys") / "keys.json"
-    keys = {name: keys_file.add(path, name, admin=name == "ops")[1] for name in NAMES}
-    with (
-        serve(*server_arguments, "--keys", str(path), "--enable-cache-report") as server,
-        ExitStack() as stack,
-    ):
+    with serving(tmp_path_factory.mktemp("tenants"), server_arguments) as tenants:
+        yield tenants
+
+
+@contextmanager
+def serving(folder: Path, arguments: list[str]) -> Iterator[Tenants]:
+    """A server with its journal and its keys in a folder, those made if there are none."""
+    path = folder / "keys.json"
+    known = folder / "known.json"
+    if not known.exists():
+        made = {name: keys_file.add(path, name, admin=name == "ops")[1] for name in NAMES}
+        known.write_text(json.dumps(made))
+    keys = json.loads(known.read_text())
+    more = ["--keys", str(path), "--journal", str(folder / "journal"), "--enable-cache-report"]
+    with serve(*arguments, *more) as server, ExitStack() as stack:
         yield Tenants(*(stack.enter_context(closing(_client(server, keys[n]))) for n in NAMES))
 
 
@@ -169,3 +181,42 @@ def test_what_passes_the_budget_is_refused_and_the_server_goes_on(tenants: Tenan
     for each in made:
         assert tenants.ops.delete(f"/v1/prefixes/{each['id']}").status_code == 200
     assert generate_cached(tenants.acme, lines("anything", 5)) < 30
+
+
+def test_figures_count_what_is_published(tenants: Tenants) -> None:
+    before = figures(tenants)
+    made = publish(tenants, text=lines("a figure", 20))
+    after = figures(tenants)
+    assert after["prefixes"] == before["prefixes"] + 1
+    assert after["tokens"] == before["tokens"] + made["aligned_tokens"]
+    assert tenants.ops.delete(f"/v1/prefixes/{made['id']}").status_code == 200
+    assert figures(tenants) == before
+
+
+def figures(tenants: Tenants) -> dict[str, float]:
+    """What the metrics page says of published prefixes."""
+    page = tenants.ops.get("/metrics").text
+    names = ("prefixes", "tokens")
+    return {
+        name: float(re.search(rf"^stateful_sglang_published_{name} (\S+)$", page, re.M)[1])  # type: ignore[index]
+        for name in names
+    }
+
+
+def test_a_server_that_starts_again_shares_what_was_published_with_its_first_requests(
+    tmp_path: Path, server_arguments: list[str]
+) -> None:
+    system, said = lines("the lasting prompt", 40), lines("a question", 40)
+    with serving(tmp_path, server_arguments) as tenants:
+        made = publish(tenants, system=system, name="lasting")
+        gone = publish(tenants, text=lines("what was removed", 40))
+        assert tenants.ops.delete(f"/v1/prefixes/{gone['id']}").status_code == 200
+    with serving(tmp_path, server_arguments) as tenants:
+        assert tenants.ops.get("/v1/prefixes").json() == {"prefixes": [made]}
+        shared = made["aligned_tokens"]
+        assert chat_cached(tenants.acme, system, said) < 30, "its KV went with the server"
+        assert chat_cached(tenants.bolt, system, said) == shared
+        assert turn(tenants.bolt, session(tenants.bolt, system), "Hi")["usage"][
+            "cached_tokens"
+        ] in range(shared, shared + 10)
+        assert publish(tenants, system=system) == made
