@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -376,3 +377,30 @@ def test_a_request_of_another_adapter_is_no_part_of_it() -> None:
     rig.tree.publish("p", SYSTEM)
     key = RadixKey(array("q", SYSTEM), "an adapter", cache_salt="a")
     assert rig.tree._publishing.key(key).child_key(4) == key.child_key(4)
+
+
+@pytest.mark.parametrize(
+    ("server", "reason"),
+    [
+        ({"enable_hicache": True}, "keeps KV in tiers"),
+        ({"enable_storage": True}, "keeps KV in tiers"),
+        ({"enable_external_cache_linker": True}, "keeps KV in tiers"),
+        (
+            {"components": [SimpleNamespace(component_type=ComponentType.MAMBA)]},
+            "keep a running state",
+        ),
+    ],
+)
+def test_a_server_that_can_share_no_prefix_says_why_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, server: dict[str, Any], reason: str
+) -> None:
+    rig = SaltedRig(4)
+    with monkeypatch.context() as patched:
+        for name, value in server.items():
+            patched.setattr(rig.tree.tree_core, name, value)
+        units, problem = rig.tree.publish("p", SYSTEM)
+    assert units == 8
+    assert problem is not None
+    assert reason in problem
+    assert hits(rig, [*SYSTEM, 20], "a") == hits(rig, [*SYSTEM, 20], "b") == 0
+    rig.check()
