@@ -108,12 +108,12 @@ def _stateful_client(app: Any, server_args: Any, options: Options, drain: Drain)
         drain.follow(SGLangEnding(manager, drain.begin))
         drain.on_begin, drain.on_end = begin, partial(service.shutdown, _LAST_COMMITS_S)
         app.include_router(build_router(service, caller_of))
-        _once_served(app, service.begin)
+        once_served(app, service.begin)
 
     return {"init_tokenizer_manager_func": stateful_tokenizer_manager(follow)}
 
 
-def _once_served(app: Any, begin: Callable[[], None]) -> None:
+def once_served(app: Any, begin: Callable[[], None]) -> None:
     """Call `begin` in the application's loop, before its first request; the engine answers then."""
     inner = app.router.lifespan_context
 

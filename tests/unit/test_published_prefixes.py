@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from engine_double import FORGETFUL, EngineDouble
 from failing_journal import FailingJournal
+from fastapi import FastAPI
 
+from stateful_sglang.server.http import once_served
 from stateful_sglang.service.commands import NewText, Publish
 from stateful_sglang.service.engine import EngineError, PublishAnswer
 from stateful_sglang.service.observe import NullObserver
@@ -206,6 +208,20 @@ async def test_a_journal_that_cannot_be_read_is_an_error_until_it_can(broken: An
     assert engine.published == {}
     del journal.prefixes
     await service.prefixes.publish(text("a"))
+
+
+async def test_it_begins_once_the_application_is_up_and_before_its_first_request() -> None:
+    seen = []
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        seen.append("the application's own")
+        yield
+
+    app = FastAPI(lifespan=lifespan)
+    once_served(app, lambda: seen.append("ours"))
+    async with app.router.lifespan_context(app):
+        assert seen == ["the application's own", "ours"]
 
 
 class Slow(EngineDouble):
