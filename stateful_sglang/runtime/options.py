@@ -62,7 +62,7 @@ class Options:
     )
     publish_budget: float = field(
         default=0.1,
-        metadata=_about(
+        metadata=about(
             "largest share of the KV pool, 0 to 1, that prefixes published to all tenants may have",
             metavar="SHARE",
             bounds=Bounds(
