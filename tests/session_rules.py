@@ -1,0 +1,648 @@
+"""Rules for hypothesis: everything that can be done to sessions, held against the reference.
+
+Whom they are done to is a `Door`: a service in this process, or a server over HTTP. Bodies and
+replies are those of the HTTP routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import itertools
+from array import array
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, Protocol
+
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, multiple, rule
+from session_reference import Reference, RefusalError, Said, Version
+
+Body = dict[str, Any]
+MOST_SESSIONS = 8
+"""That a machine keeps at once: the oldest is closed for another."""
+
+
+class RefusedError(Exception):
+    """The server said no."""
+
+    def __init__(self, kind: str, error: Mapping[str, Any]) -> None:
+        super().__init__(f"{kind}: {error.get('message')}")
+        self.kind = kind
+        self.error = error
+
+
+class Door(Protocol):
+    """Whom the rules are played to."""
+
+    context: int
+    """Most tokens of a prompt and its answer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    async def call(self, operation: str, session: str | None, body: Body) -> Body:
+        """Do something; `RefusedError` where the answer is an error."""
+        ...
+
+    async def abandon(
+        self, operation: str, session: str, body: Body, moments: int, *, streamed: bool
+    ) -> None:
+        """Begin something and leave after a while, which a few `moments` make."""
+        ...
+
+    def check_answer(
+        self, prompt: Sequence[int], output: Sequence[int], limit: int, finish: str | None
+    ) -> None:
+        """Fail unless the model's greedy answer to a prompt, of at most `limit` tokens, is this."""
+        ...
+
+    def text_of(self, output: Sequence[int]) -> str:
+        """An answer as text, special tokens included, its end token left out."""
+        ...
+
+
+words = st.text("abc xyz", min_size=1, max_size=12)
+users = st.lists(words.map(lambda text: Said("user", text)), min_size=1, max_size=2)
+limits = st.integers(1, 12)
+keyed = st.sampled_from([False, False, True])
+WITH_CALLS = "with calls"
+
+
+def tokens_of(form: Mapping[str, Any]) -> list[int]:
+    ids = array("i")
+    ids.frombytes(base64.b64decode(form["tokens"]))
+    return ids.tolist()
+
+
+class SessionRules(RuleBasedStateMachine):
+    """All operations; what they are done to is made by `make_door`."""
+
+    sessions = Bundle("sessions")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.door = self.make_door()
+        self.reference: dict[str, Reference] = {}
+        self.opening: list[tuple[str, Body, Body]] = []
+        self.numbers = itertools.count()
+        self.log: list[str] = []
+
+    # ---- What a subclass says ----
+
+    def make_door(self) -> Any:
+        raise NotImplementedError
+
+    # ---- How it is played ----
+
+    def do(self, work: Coroutine[Any, Any, Any] | Awaitable[Any]) -> Any:
+        async def run() -> Any:
+            return await work
+
+        return self.runner.run(run())
+
+    def call(self, operation: str, session: str | None = None, /, **body: Any) -> Body:
+        return self.do(self.door.call(operation, session, body))
+
+    def tried(self, operation: str, session: str | None, body: Body) -> Body | str:
+        """The reply, or the kind of error."""
+        try:
+            return self.do(self.door.call(operation, session, body))
+        except RefusedError as refused:
+            return refused.kind
+
+    def key(self, wanted: bool) -> Body:
+        return {"idempotency_key": f"key-{next(self.numbers)}"} if wanted else {}
+
+    def keep(self, operation: str, session: str | None, body: Body, reply: Body) -> None:
+        if "idempotency_key" not in body:
+            return
+        kept = self.opening if session is None else self.reference[session].kept
+        kept.append((operation, body, reply))
+
+    def expected(self, make: Callable[[], Any], got: Body | str) -> Any:
+        """What the reference makes of it; None where both refuse."""
+        try:
+            made = make()
+        except RefusalError as refusal:
+            refused = refusal.kind
+        else:
+            assert not isinstance(got, str), got
+            return made
+        assert got == refused, (got, refused)
+        return None
+
+    def changed(self, session: str, operation: str, body: Body, make: Callable[[], Version]) -> Any:
+        """Play a change that generates nothing, and publish it."""
+        got = self.tried(operation, session, body)
+        made = self.expected(make, got)
+        if made is not None:
+            self.reference[session].publish(made)
+            assert got["version"] == made.number
+            self.keep(operation, session, body, got)
+        return None if made is None else got
+
+    # ---- Turns ----
+
+    def content(self, new: Sequence[Said] | str | list[int]) -> Body:
+        if isinstance(new, str):
+            return {"text": new}
+        if new and isinstance(new[0], int):
+            return {"input_ids": list(new)}
+        return {"messages": [each.body() for each in new]} if new else {}
+
+    def prompt_of(self, session: str, new: Sequence[Said] | str | list[int]) -> tuple[int, ...]:
+        reference = self.reference[session]
+        if isinstance(new, str):
+            return reference.continued(self.door.encode(new))
+        if new and isinstance(new[0], int):
+            return reference.continued(new)
+        return reference.answered(new)
+
+    def turn_body(self, new: Any, limit: int, **more: Any) -> tuple[str, Body]:
+        sampling = {"max_tokens": limit, "temperature": 0}
+        content = self.content(new)
+        operation = "append" if content else "generate"
+        return operation, {**content, "sampling": sampling, "return_output_ids": True, **more}
+
+    def check_turn(self, session: str, prompt: Sequence[int], limit: int, reply: Body) -> None:
+        """A reply against the version that the reference is at."""
+        reference = self.reference[session]
+        usage, output = reply["usage"], reply["output_ids"]
+        room = min(limit, reference.context - len(prompt))
+        finish = None if reply["finish_reason"] == "tool_calls" else reply["finish_reason"]
+        self.door.check_answer(prompt, output, room, finish)
+        held = len(reference.tip.tokens)
+        assert (usage["history_tokens"], usage["rewound_tokens"]) == (held, 0)
+        assert usage["delta_tokens"] == len(prompt) - held
+        assert usage["cached_tokens"] + usage["computed_tokens"] == len(prompt)
+        assert usage["generated_tokens"] == len(output)
+        assert (usage["max_tokens"], usage["max_tokens_clipped"]) == (room, room < limit)
+
+    def settle_turn(
+        self, session: str, new: Any, limit: int, reply: Body, prompt: Sequence[int] | None = None
+    ) -> None:
+        """A committed turn, checked and taken over."""
+        reference = self.reference[session]
+        prompt = self.prompt_of(session, new) if prompt is None else prompt
+        self.check_turn(session, prompt, limit, reply)
+        assert reply["version"] == reference.newest + 1
+        self.take_over(session, new, prompt, reply["output_ids"], reply["message"])
+
+    def take_over(
+        self, session: str, new: Any, prompt: Sequence[int], output: Sequence[int], message: Body
+    ) -> None:
+        calls = tuple(
+            (call["id"], call["function"]["name"], call["function"]["arguments"])
+            for call in message.get("tool_calls", ())
+        )
+        answer = Said("assistant", message["content"], calls, raw=self.door.text_of(output))
+        raw = isinstance(new, str) or bool(new and isinstance(new[0], int))
+        self.reference[session].commit(prompt, output, None if raw else new, answer)
+
+    def play_turn(self, session: str, new: Any, limit: int, **more: Any) -> Body | None:
+        operation, body = self.turn_body(new, limit, **more)
+        got = self.tried(operation, session, body)
+        prompt = self.expected(lambda: self.prompt_of(session, new), got)
+        if prompt is None:
+            return None
+        if more.get("ephemeral"):
+            self.check_turn(session, prompt, limit, got)
+            assert got["version"] == self.reference[session].tip.number
+        else:
+            self.settle_turn(session, new, limit, got, prompt)
+        self.keep(operation, session, body, got)
+        return got
+
+    def settle_abandoned(self, session: str, new: Any, limit: int) -> None:
+        """Find out whether a turn whose client left was committed, and what it said."""
+        reference = self.reference[session]
+        view = self.do(self.quiet(session))
+        if view["version"] == reference.tip.number:
+            return
+        assert view["version"] == reference.newest + 1
+        prompt = self.prompt_of(session, new)
+        form = self.call("export", session)["commits"][-1]
+        assert form["version"] == view["version"]
+        tokens = [*reference.tip.tokens[: form["base_len"]], *tokens_of(form)]
+        output = tokens[len(prompt) :]
+        assert tuple(tokens[: len(prompt)]) == prompt
+        room = min(limit, reference.context - len(prompt))
+        self.door.check_answer(prompt, output, room, view["finish_reason"])
+        found = self.call("messages", session)["messages"]
+        answer = found[-1] if found else {"content": ""}
+        self.take_over(session, new, prompt, output, answer)
+
+    async def quiet(self, session: str) -> Body:
+        """The session once nobody writes it."""
+        for _ in range(2000):
+            view = await self.door.call("get", session, {})
+            if not view["busy"]:
+                return view
+            await asyncio.sleep(0.005)
+        raise AssertionError("a session stays busy")
+
+    # ---- Opening and closing ----
+
+    @rule(target=sessions, system=st.none() | words, said=st.just([]) | users, key=keyed)
+    def open(self, system: str | None, said: list[Said], key: bool) -> Any:
+        return self.add_opened(system, said, key)
+
+    @rule(target=sessions, calls=st.integers(1, 3), key=keyed)
+    def open_with_calls(self, calls: int, key: bool) -> Any:
+        """A conversation that was begun elsewhere, and waits for the results of its calls."""
+        named = tuple(
+            (f"call-{next(self.numbers)}", "look", f'{{"n": {at}}}') for at in range(calls)
+        )
+        return self.add_opened(None, [Said("user", "look"), Said("assistant", "so", named)], key)
+
+    def add_opened(self, system: str | None, said: list[Said], key: bool) -> Any:
+        self.make_room()
+        body: Body = self.key(key)
+        if system is not None:
+            body["system"] = system
+        if said:
+            body["messages"] = [each.body() for each in said]
+        reply = self.call("open", None, **body)
+        session = reply["id"]
+        self.reference[session] = Reference.opened(
+            self.door.encode, self.door.context, system, said
+        )
+        self.keep("open", None, body, reply)
+        return session
+
+    def make_room(self) -> None:
+        while len(self.reference) >= MOST_SESSIONS:
+            self.end(next(iter(self.reference)))
+
+    def end(self, session: str, **query: Any) -> None:
+        reference = self.reference.pop(session)
+        reply = self.call("close", session, **query)
+        assert reply["version"] == reference.tip.number
+        assert self.tried("get", session, {}) == "session_not_found"
+
+    def gone(self, session: str) -> bool:
+        """Closed to make room for others."""
+        return session not in self.reference
+
+    @rule(session=consumes(sessions), erase=st.booleans())
+    def close(self, session: str, erase: bool) -> None:
+        if not self.gone(session):
+            self.end(session, erase=erase)
+
+    # ---- Turns ----
+
+    @rule(session=sessions, new=users, limit=limits, key=keyed, streamed=st.booleans())
+    def append(self, session: str, new: list[Said], limit: int, key: bool, streamed: bool) -> None:
+        if not self.gone(session):
+            self.play_turn(session, new, limit, stream=streamed, **self.key(key))
+
+    @rule(session=sessions, limit=limits, key=keyed)
+    def generate(self, session: str, limit: int, key: bool) -> None:
+        if not self.gone(session):
+            self.play_turn(session, [], limit, **self.key(key))
+
+    @rule(session=sessions, new=words | st.lists(st.integers(3, 200), min_size=1), limit=limits)
+    def append_raw(self, session: str, new: Any, limit: int) -> None:
+        if not self.gone(session):
+            self.play_turn(session, new, limit)
+
+    @rule(session=sessions, new=users, repeats=st.integers(10, 60))
+    def append_much(self, session: str, new: list[Said], repeats: int) -> None:
+        if not self.gone(session):
+            self.play_turn(session, [Said("user", new[0].content * repeats)], 3)
+
+    @rule(session=sessions, new=st.just([]) | users, limit=limits, key=keyed)
+    def ephemeral(self, session: str, new: list[Said], limit: int, key: bool) -> None:
+        if not self.gone(session):
+            self.play_turn(session, new, limit, ephemeral=True, **self.key(key))
+
+    @rule(session=sessions, new=users, off=st.sampled_from([-1, 1]))
+    def append_at_another_version(self, session: str, new: list[Said], off: int) -> None:
+        if self.gone(session):
+            return
+        version = self.reference[session].tip.number
+        _, body = self.turn_body(new, 3, expected_version=abs(version + off))
+        got = self.tried("append", session, body)
+        assert got == "version_mismatch", got
+
+    @rule(
+        session=sessions,
+        new=users,
+        limit=limits,
+        moments=st.integers(0, 12),
+        streamed=st.booleans(),
+        key=keyed,
+    )
+    def abandon(
+        self,
+        session: str,
+        new: list[Said],
+        limit: int,
+        moments: int,
+        streamed: bool,
+        key: bool,
+    ) -> None:
+        """A client that leaves in the middle; with a key it comes back for its answer."""
+        if self.gone(session):
+            return
+        try:
+            self.prompt_of(session, new)
+        except RefusalError:
+            return
+        operation, body = self.turn_body(new, limit, stream=streamed, **self.key(key))
+        self.do(self.door.abandon(operation, session, body, moments, streamed=streamed))
+        if key:
+            got = self.call(operation, session, **body)
+            self.settle_turn(session, new, limit, got)
+            self.keep(operation, session, body, got)
+        else:
+            self.settle_abandoned(session, new, limit)
+
+    @rule(session=sessions, new=users, after=users, moments=st.integers(0, 6))
+    def abandon_and_append_at_once(
+        self, session: str, new: list[Said], after: list[Said], moments: int
+    ) -> None:
+        """The next append is never told of a turn whose client left."""
+        if self.gone(session):
+            return
+        try:
+            self.prompt_of(session, new)
+        except RefusalError:
+            return
+
+        async def both() -> Body | str:
+            operation, body = self.turn_body(new, 12)
+            await self.door.abandon(operation, session, body, moments, streamed=False)
+            operation, body = self.turn_body(after, 4, on_busy="fail")
+            try:
+                return await self.door.call(operation, session, body)
+            except RefusedError as refused:
+                return refused.kind
+
+        got = self.do(both())
+        if got == "context_length_exceeded":
+            self.settle_abandoned(session, new, 12)
+            return
+        assert not isinstance(got, str), got
+        reference = self.reference[session]
+        if got["version"] == reference.newest + 2:
+            self.settle_before(session, new, 12, got)
+        self.settle_turn(session, after, 4, got)
+
+    def settle_before(self, session: str, new: Any, limit: int, next_reply: Body) -> None:
+        """A turn that nobody read, which another followed."""
+        reference = self.reference[session]
+        prompt = self.prompt_of(session, new)
+        form = self.call("export", session)["commits"][-2]
+        assert form["version"] == next_reply["version"] - 1
+        tokens = [*reference.tip.tokens[: form["base_len"]], *tokens_of(form)]
+        assert tuple(tokens[: len(prompt)]) == prompt
+        output = tokens[len(prompt) :]
+        room = min(limit, reference.context - len(prompt))
+        self.door.check_answer(prompt, output, room, form["finish_reason"])
+        found = self.call("messages", session, version=form["version"])["messages"]
+        self.take_over(session, new, prompt, output, found[-1])
+
+    @rule(
+        session=sessions,
+        news=st.lists(users, min_size=2, max_size=3),
+        busy=st.sampled_from(["wait", "fail"]),
+        beside=st.sampled_from(["ephemeral", "fork", "get", "ingest", "nothing"]),
+    )
+    def append_at_once(self, session: str, news: list[list[Said]], busy: str, beside: str) -> None:
+        """Writers wait for each other or are told; others are not held up and see a version."""
+        if self.gone(session):
+            return
+        self.at_once(session, news, busy, beside)
+
+    def at_once(self, session: str, news: list[list[Said]], busy: str, beside: str) -> None:
+        reference = self.reference[session]
+        limit = 5
+        bodies = [self.turn_body(new, limit, on_busy=busy) for new in news]
+        if beside == "ephemeral":
+            bodies.append(self.turn_body(news[0], limit, ephemeral=True))
+        elif beside == "ingest":
+            bodies.append(("ingest", {"messages": [each.body() for each in news[0]]}))
+        elif beside != "nothing":
+            bodies.append((beside, {}))
+
+        async def one(operation: str, body: Body) -> Body | str:
+            try:
+                return await self.door.call(operation, session, body)
+            except RefusedError as refused:
+                return refused.kind
+
+        async def all_of_them() -> list[Body | str]:
+            return await asyncio.gather(*(one(*each) for each in bodies))
+
+        before = reference.tip
+        found = self.do(all_of_them())
+        turns = [*zip(news, found[: len(news)], strict=True)]
+        extra = found[len(news)] if len(found) > len(news) else None
+        done: list[tuple[int, Callable[[], None]]] = []
+        for new, got in turns:
+            if isinstance(got, str):
+                assert got in ("context_length_exceeded", "session_busy"), got
+                assert busy == "fail" or got == "context_length_exceeded"
+            else:
+                done.append(
+                    (got["version"], lambda n=new, g=got: self.settle_turn(session, n, limit, g))
+                )
+        if beside == "ingest" and not isinstance(extra, str):
+            done.append((extra["version"], lambda: reference.publish(reference.ingested(news[0]))))
+        if busy == "wait" and not any(isinstance(got, str) for _, got in turns):
+            assert len(done) >= len(news)
+        for _, settle in sorted(done, key=lambda each: each[0]):
+            settle()
+        if beside == "ephemeral" and not isinstance(extra, str):
+            at = before if extra["version"] == before.number else reference.at(extra["version"])
+            prompt = reference.prompt(news[0], at)
+            room = min(limit, reference.context - len(prompt))
+            self.door.check_answer(prompt, extra["output_ids"], room, extra["finish_reason"])
+            assert extra["usage"]["history_tokens"] == len(at.tokens)
+        if beside == "fork":
+            self.forked_beside(session, extra)
+        self.same(session)
+
+    def forked_beside(self, session: str, view: Body | str) -> None:
+        """A fork made while its source ran, held to the version that it says it is of."""
+        assert not isinstance(view, str), view
+        fork = self.reference[session].fork(view["version"])
+        self.reference[view["id"]] = fork
+        assert view["tokens"] == len(fork.tip.tokens)
+        self.play_turn(view["id"], [Said("user", "go on")], 4)
+        self.end(view["id"])
+
+    # ---- Tools ----
+
+    @rule(session=sessions, order=st.permutations(range(3)), taken=st.integers(1, 3), key=keyed)
+    def ingest_results(self, session: str, order: list[int], taken: int, key: bool) -> None:
+        """Results of the open calls in any order, some or all."""
+        if self.gone(session):
+            return
+        reference = self.reference[session]
+        missing = reference.missing(reference.tip.pending)
+        results = [
+            Said("tool", f"result {at}", answers=missing[at]) for at in order if at < len(missing)
+        ][:taken]
+        if results:
+            self.ingest(session, results, key)
+
+    @rule(session=sessions, new=users, key=keyed)
+    def ingest_messages(self, session: str, new: list[Said], key: bool) -> None:
+        if not self.gone(session):
+            self.ingest(session, new, key)
+
+    @rule(session=sessions, call=st.sampled_from(["call-0", "nobody's"]))
+    def ingest_what_nobody_called_for(self, session: str, call: str) -> None:
+        if not self.gone(session):
+            self.ingest(session, [Said("tool", "x", answers=call)], False)
+
+    def ingest(self, session: str, new: list[Said], key: bool) -> None:
+        reference = self.reference[session]
+        body = {"messages": [each.body() for each in new], **self.key(key)}
+        got = self.changed(session, "ingest", body, lambda: reference.ingested(new))
+        if got is not None:
+            pending = reference.tip.pending
+            assert got["pending"] == len(pending)
+            assert got["missing"] == reference.missing(pending)
+            assert got["computed_tokens"] >= 0
+            prompt = len(reference.prompt(())) - len(reference.tip.tokens)
+            assert 0 <= got["ready_tokens"] <= prompt
+
+    # ---- Versions ----
+
+    @rule(target=sessions, session=sessions, data=st.data(), key=keyed)
+    def fork(self, session: str, data: Any, key: bool) -> Any:
+        if self.gone(session):
+            return multiple()
+        reference = self.reference[session]
+        version = data.draw(st.none() | st.sampled_from([*reference.own, 99]))
+        body: Body = {**({} if version is None else {"version": version}), **self.key(key)}
+        got = self.tried("fork", session, body)
+        number = reference.tip.number if version is None else version
+        forked = self.expected(lambda: reference.fork(number), got)
+        if forked is None:
+            return multiple()
+        self.keep("fork", session, body, got)
+        self.reference[got["id"]] = forked
+        self.make_room()
+        return multiple() if self.gone(got["id"]) else got["id"]
+
+    @rule(session=sessions, data=st.data(), key=keyed)
+    def roll_back(self, session: str, data: Any, key: bool) -> None:
+        if self.gone(session):
+            return
+        reference = self.reference[session]
+        version = data.draw(st.sampled_from([*reference.own, 99]))
+        body = {"version": version, **self.key(key)}
+        got = self.tried("rollback", session, body)
+        tip = self.expected(lambda: reference.at(version), got)
+        if tip is not None:
+            reference.tip = tip
+            assert (got["version"], got["tokens"]) == (version, len(tip.tokens))
+            self.keep("rollback", session, body, got)
+
+    @rule(session=sessions, new=st.just([]) | users, data=st.data(), key=keyed)
+    def edit(self, session: str, new: list[Said], data: Any, key: bool) -> None:
+        if self.gone(session):
+            return
+        reference = self.reference[session]
+        after = data.draw(st.sampled_from([*reference.own]))
+        through = data.draw(st.none() | st.sampled_from([*reference.own]))
+        body: Body = {"after": after, "messages": [each.body() for each in new], **self.key(key)}
+        if through is not None:
+            body["through"] = through
+        self.changed(session, "edit", body, lambda: reference.edited(after, through, new))
+
+    @rule(session=sessions, metadata=st.dictionaries(words, words, max_size=2))
+    def touch(self, session: str, metadata: dict[str, str]) -> None:
+        if not self.gone(session):
+            got = self.call("touch", session, metadata=metadata)
+            self.reference[session].options["metadata"] = metadata
+            assert got["metadata"] == metadata
+
+    @rule(target=sessions, session=sessions, key=keyed)
+    def move(self, session: str, key: bool) -> Any:
+        """Export and import: the same session under another id."""
+        if self.gone(session):
+            return multiple()
+        exported = self.exported(session)
+        body: Body = {"session": exported, **self.key(key)}
+        got = self.call("import", None, **body)
+        self.reference[got["id"]] = self.reference[session].copy()
+        self.keep("import", None, body, got)
+        self.make_room()
+        return multiple() if self.gone(got["id"]) else got["id"]
+
+    # ---- Keys ----
+
+    @rule(session=sessions, data=st.data())
+    def repeat(self, session: str, data: Any) -> None:
+        """What was asked under a key is answered as then, whatever happened since."""
+        if self.gone(session) or not (kept := self.reference[session].kept):
+            return
+        operation, body, reply = data.draw(st.sampled_from(kept))
+        assert self.call(operation, session, **body) == reply
+
+    @rule(data=st.data())
+    def repeat_an_opening(self, data: Any) -> None:
+        if self.opening:
+            operation, body, reply = data.draw(st.sampled_from(self.opening))
+            assert self.call(operation, None, **body) == reply
+
+    @rule(session=sessions, data=st.data())
+    def take_a_key_for_another_request(self, session: str, data: Any) -> None:
+        if self.gone(session) or not (kept := self.reference[session].kept):
+            return
+        _, body, _ = data.draw(st.sampled_from(kept))
+        _, other = self.turn_body([Said("user", "something else")], 7)
+        got = self.tried("append", session, {**other, "idempotency_key": body["idempotency_key"]})
+        assert got == "idempotency_key_reused", got
+
+    # ---- What there is ----
+
+    def exported(self, session: str) -> Body:
+        """Every version token by token."""
+        reference = self.reference[session]
+        found = self.call("export", session)
+        assert (found["version"], found["newest"]) == (reference.tip.number, reference.newest)
+        tokens: dict[int, list[int]] = {}
+        for form in found["commits"]:
+            parent = reference.own[form["version"]].parent
+            assert form["parent"] == (None if parent is None else parent.number)
+            before = tokens[form["parent"]] if parent is not None else []
+            tokens[form["version"]] = before[: form["base_len"]] + tokens_of(form)
+        assert tokens == {each.number: list(each.tokens) for each in reference.own.values()}
+        return found
+
+    def same(self, session: str) -> None:
+        """One session as it is said to be."""
+        reference = self.reference[session]
+        view = self.call("get", session)
+        tip = reference.tip
+        found = (view["version"], view["tokens"])
+        assert found == (tip.number, len(tip.tokens)), found
+        assert view["messages"] == len(tip.said)
+        assert view["metadata"] == reference.options.get("metadata", {})
+        assert not view["busy"]
+        found = self.call("messages", session)
+        for name, messages in (("messages", tip.said), ("pending", tip.pending)):
+            said = [(each["role"], each["content"]) for each in found[name]]
+            assert said == [(each.role, each.content) for each in messages]
+
+    @rule(session=sessions, data=st.data())
+    def read(self, session: str, data: Any) -> None:
+        if self.gone(session):
+            return
+        self.exported(session)
+        reference = self.reference[session]
+        version = data.draw(st.sampled_from([*reference.own]))
+        found = self.call("messages", session, version=version)
+        said = [each["content"] for each in found["messages"]]
+        assert said == [each.content for each in reference.at(version).said]
+
+    @rule()
+    def all_are_the_same(self) -> None:
+        for session in self.reference:
+            self.same(session)
