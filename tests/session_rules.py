@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, multiple, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, multiple, rule
 from session_reference import Reference, RefusalError, Said, Version
 
 Body = dict[str, Any]
@@ -47,6 +47,10 @@ class Door(Protocol):
         self, operation: str, session: str, body: Body, moments: int, *, streamed: bool
     ) -> None:
         """Begin something and leave after a while, which a few `moments` make."""
+        ...
+
+    async def arrived(self) -> None:
+        """Until what was sent and abandoned is there, if it ever will be."""
         ...
 
     def check_answer(
@@ -234,6 +238,7 @@ class SessionRules(RuleBasedStateMachine):
 
     async def quiet(self, session: str) -> Body:
         """The session once nobody writes it."""
+        await self.door.arrived()
         for _ in range(2000):
             view = await self.door.call("get", session, {})
             if not view["busy"]:
@@ -242,6 +247,10 @@ class SessionRules(RuleBasedStateMachine):
         raise AssertionError("a session stays busy")
 
     # ---- Opening and closing ----
+
+    @initialize(target=sessions, systems=st.lists(st.none() | words, min_size=3, max_size=3))
+    def open_some(self, systems: list[str | None]) -> Any:
+        return multiple(*(self.add_opened(each, [], False) for each in systems))
 
     @rule(target=sessions, system=st.none() | words, said=st.just([]) | users, key=keyed)
     def open(self, system: str | None, said: list[Said], key: bool) -> Any:
@@ -388,6 +397,7 @@ class SessionRules(RuleBasedStateMachine):
         if got["version"] == reference.newest + 2:
             self.settle_before(session, new, 12, got)
         self.settle_turn(session, after, 4, got)
+        self.settle_abandoned(session, new, 12)  # it may have come second
 
     def settle_before(self, session: str, new: Any, limit: int, next_reply: Body) -> None:
         """A turn that nobody read, which another followed."""

@@ -32,7 +32,7 @@ from stateful_sglang.session.journal.sqlite import SqliteJournal
 from stateful_sglang.session.rank import RankSessions
 
 ME = Caller()
-EXAMPLES = int(os.environ.get("STATEFUL_SGLANG_MACHINE_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("STATEFUL_SGLANG_MACHINE_EXAMPLES", "120"))
 STEPS = 50
 OUT_OF_MEMORY = {"type": "abort", "message": "Out of memory even after retracting all others"}
 
@@ -93,6 +93,10 @@ class ServiceDoor:
                 maintenance.cancel()
             await self.disk.close()
         self.connect()
+
+    async def arrived(self) -> None:
+        for _ in range(30):
+            await asyncio.sleep(0)
 
     def encode(self, text: str) -> list[int]:
         return self.engine.tokenizer.encode(text)
