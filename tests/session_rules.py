@@ -11,14 +11,14 @@ import base64
 import itertools
 from array import array
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, multiple, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from session_reference import Reference, RefusalError, Said, Version
 
 Body = dict[str, Any]
-MOST_SESSIONS = 8
+MOST_SESSIONS = 6
 """That a machine keeps at once: the oldest is closed for another."""
 
 
@@ -68,7 +68,14 @@ words = st.text("abc xyz", min_size=1, max_size=12)
 users = st.lists(words.map(lambda text: Said("user", text)), min_size=1, max_size=2)
 limits = st.integers(1, 12)
 keyed = st.sampled_from([False, False, True])
-WITH_CALLS = "with calls"
+slots = picks = st.integers(0, 999)
+"""What is picked by such a number depends on what there is; what is drawn does not: so an example's
+draws are the same whatever a server does."""
+T = TypeVar("T")
+
+
+def one_of(choices: Sequence[T], pick: int) -> T:
+    return choices[pick % len(choices)]
 
 
 def tokens_of(form: Mapping[str, Any]) -> list[int]:
@@ -79,8 +86,6 @@ def tokens_of(form: Mapping[str, Any]) -> list[int]:
 
 class SessionRules(RuleBasedStateMachine):
     """All operations; what they are done to is made by `make_door`."""
-
-    sessions = Bundle("sessions")
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,23 +253,24 @@ class SessionRules(RuleBasedStateMachine):
 
     # ---- Opening and closing ----
 
-    @initialize(target=sessions, systems=st.lists(st.none() | words, min_size=3, max_size=3))
-    def open_some(self, systems: list[str | None]) -> Any:
-        return multiple(*(self.add_opened(each, [], False) for each in systems))
+    @initialize(systems=st.lists(st.none() | words, min_size=3, max_size=3))
+    def open_some(self, systems: list[str | None]) -> None:
+        for each in systems:
+            self.add_opened(each, [], False)
 
-    @rule(target=sessions, system=st.none() | words, said=st.just([]) | users, key=keyed)
-    def open(self, system: str | None, said: list[Said], key: bool) -> Any:
-        return self.add_opened(system, said, key)
+    @rule(system=st.none() | words, said=st.just([]) | users, key=keyed)
+    def open(self, system: str | None, said: list[Said], key: bool) -> None:
+        self.add_opened(system, said, key)
 
-    @rule(target=sessions, calls=st.integers(1, 3), key=keyed)
-    def open_with_calls(self, calls: int, key: bool) -> Any:
+    @rule(calls=st.integers(1, 3), key=keyed)
+    def open_with_calls(self, calls: int, key: bool) -> None:
         """A conversation that was begun elsewhere, and waits for the results of its calls."""
         named = tuple(
             (f"call-{next(self.numbers)}", "look", f'{{"n": {at}}}') for at in range(calls)
         )
-        return self.add_opened(None, [Said("user", "look"), Said("assistant", "so", named)], key)
+        self.add_opened(None, [Said("user", "look"), Said("assistant", "so", named)], key)
 
-    def add_opened(self, system: str | None, said: list[Said], key: bool) -> Any:
+    def add_opened(self, system: str | None, said: list[Said], key: bool) -> None:
         self.make_room()
         body: Body = self.key(key)
         if system is not None:
@@ -277,7 +283,6 @@ class SessionRules(RuleBasedStateMachine):
             self.door.encode, self.door.context, system, said
         )
         self.keep("open", None, body, reply)
-        return session
 
     def make_room(self) -> None:
         while len(self.reference) >= MOST_SESSIONS:
@@ -289,53 +294,54 @@ class SessionRules(RuleBasedStateMachine):
         assert reply["version"] == reference.tip.number
         assert self.tried("get", session, {}) == "session_not_found"
 
-    def gone(self, session: str) -> bool:
-        """Closed to make room for others."""
-        return session not in self.reference
+    def pick(self, slot: int) -> str:
+        """One of the sessions, whatever number was drawn for it."""
+        if not self.reference:
+            self.add_opened(None, [], False)
+        return one_of([*self.reference], slot)
 
-    @rule(session=consumes(sessions), erase=st.booleans())
-    def close(self, session: str, erase: bool) -> None:
-        if not self.gone(session):
-            self.end(session, erase=erase)
+    @rule(slot=slots, erase=st.booleans())
+    def close(self, slot: int, erase: bool) -> None:
+        session = self.pick(slot)
+        self.end(session, erase=erase)
 
     # ---- Turns ----
 
-    @rule(session=sessions, new=users, limit=limits, key=keyed, streamed=st.booleans())
-    def append(self, session: str, new: list[Said], limit: int, key: bool, streamed: bool) -> None:
-        if not self.gone(session):
-            self.play_turn(session, new, limit, stream=streamed, **self.key(key))
+    @rule(slot=slots, new=users, limit=limits, key=keyed, streamed=st.booleans())
+    def append(self, slot: int, new: list[Said], limit: int, key: bool, streamed: bool) -> None:
+        session = self.pick(slot)
+        self.play_turn(session, new, limit, stream=streamed, **self.key(key))
 
-    @rule(session=sessions, limit=limits, key=keyed)
-    def generate(self, session: str, limit: int, key: bool) -> None:
-        if not self.gone(session):
-            self.play_turn(session, [], limit, **self.key(key))
+    @rule(slot=slots, limit=limits, key=keyed)
+    def generate(self, slot: int, limit: int, key: bool) -> None:
+        session = self.pick(slot)
+        self.play_turn(session, [], limit, **self.key(key))
 
-    @rule(session=sessions, new=words | st.lists(st.integers(3, 200), min_size=1), limit=limits)
-    def append_raw(self, session: str, new: Any, limit: int) -> None:
-        if not self.gone(session):
-            self.play_turn(session, new, limit)
+    @rule(slot=slots, new=words | st.lists(st.integers(3, 200), min_size=1), limit=limits)
+    def append_raw(self, slot: int, new: Any, limit: int) -> None:
+        session = self.pick(slot)
+        self.play_turn(session, new, limit)
 
-    @rule(session=sessions, new=users, repeats=st.integers(10, 60))
-    def append_much(self, session: str, new: list[Said], repeats: int) -> None:
-        if not self.gone(session):
-            self.play_turn(session, [Said("user", new[0].content * repeats)], 3)
+    @rule(slot=slots, new=users, repeats=st.integers(10, 60))
+    def append_much(self, slot: int, new: list[Said], repeats: int) -> None:
+        session = self.pick(slot)
+        self.play_turn(session, [Said("user", new[0].content * repeats)], 3)
 
-    @rule(session=sessions, new=st.just([]) | users, limit=limits, key=keyed)
-    def ephemeral(self, session: str, new: list[Said], limit: int, key: bool) -> None:
-        if not self.gone(session):
-            self.play_turn(session, new, limit, ephemeral=True, **self.key(key))
+    @rule(slot=slots, new=st.just([]) | users, limit=limits, key=keyed)
+    def ephemeral(self, slot: int, new: list[Said], limit: int, key: bool) -> None:
+        session = self.pick(slot)
+        self.play_turn(session, new, limit, ephemeral=True, **self.key(key))
 
-    @rule(session=sessions, new=users, off=st.sampled_from([-1, 1]))
-    def append_at_another_version(self, session: str, new: list[Said], off: int) -> None:
-        if self.gone(session):
-            return
+    @rule(slot=slots, new=users, off=st.sampled_from([-1, 1]))
+    def append_at_another_version(self, slot: int, new: list[Said], off: int) -> None:
+        session = self.pick(slot)
         version = self.reference[session].tip.number
         _, body = self.turn_body(new, 3, expected_version=abs(version + off))
         got = self.tried("append", session, body)
         assert got == "version_mismatch", got
 
     @rule(
-        session=sessions,
+        slot=slots,
         new=users,
         limit=limits,
         moments=st.integers(0, 12),
@@ -344,7 +350,7 @@ class SessionRules(RuleBasedStateMachine):
     )
     def abandon(
         self,
-        session: str,
+        slot: int,
         new: list[Said],
         limit: int,
         moments: int,
@@ -352,8 +358,7 @@ class SessionRules(RuleBasedStateMachine):
         key: bool,
     ) -> None:
         """A client that leaves in the middle; with a key it comes back for its answer."""
-        if self.gone(session):
-            return
+        session = self.pick(slot)
         try:
             self.prompt_of(session, new)
         except RefusalError:
@@ -367,13 +372,12 @@ class SessionRules(RuleBasedStateMachine):
         else:
             self.settle_abandoned(session, new, limit)
 
-    @rule(session=sessions, new=users, after=users, moments=st.integers(0, 6))
+    @rule(slot=slots, new=users, after=users, moments=st.integers(0, 6))
     def abandon_and_append_at_once(
-        self, session: str, new: list[Said], after: list[Said], moments: int
+        self, slot: int, new: list[Said], after: list[Said], moments: int
     ) -> None:
         """The next append is never told of a turn whose client left."""
-        if self.gone(session):
-            return
+        session = self.pick(slot)
         try:
             self.prompt_of(session, new)
         except RefusalError:
@@ -414,15 +418,14 @@ class SessionRules(RuleBasedStateMachine):
         self.take_over(session, new, prompt, output, found[-1])
 
     @rule(
-        session=sessions,
+        slot=slots,
         news=st.lists(users, min_size=2, max_size=3),
         busy=st.sampled_from(["wait", "fail"]),
         beside=st.sampled_from(["ephemeral", "fork", "get", "ingest", "nothing"]),
     )
-    def append_at_once(self, session: str, news: list[list[Said]], busy: str, beside: str) -> None:
+    def append_at_once(self, slot: int, news: list[list[Said]], busy: str, beside: str) -> None:
         """Writers wait for each other or are told; others are not held up and see a version."""
-        if self.gone(session):
-            return
+        session = self.pick(slot)
         self.at_once(session, news, busy, beside)
 
     def at_once(self, session: str, news: list[list[Said]], busy: str, beside: str) -> None:
@@ -485,11 +488,10 @@ class SessionRules(RuleBasedStateMachine):
 
     # ---- Tools ----
 
-    @rule(session=sessions, order=st.permutations(range(3)), taken=st.integers(1, 3), key=keyed)
-    def ingest_results(self, session: str, order: list[int], taken: int, key: bool) -> None:
+    @rule(slot=slots, order=st.permutations(range(3)), taken=st.integers(1, 3), key=keyed)
+    def ingest_results(self, slot: int, order: list[int], taken: int, key: bool) -> None:
         """Results of the open calls in any order, some or all."""
-        if self.gone(session):
-            return
+        session = self.pick(slot)
         reference = self.reference[session]
         missing = reference.missing(reference.tip.pending)
         results = [
@@ -498,15 +500,15 @@ class SessionRules(RuleBasedStateMachine):
         if results:
             self.ingest(session, results, key)
 
-    @rule(session=sessions, new=users, key=keyed)
-    def ingest_messages(self, session: str, new: list[Said], key: bool) -> None:
-        if not self.gone(session):
-            self.ingest(session, new, key)
+    @rule(slot=slots, new=users, key=keyed)
+    def ingest_messages(self, slot: int, new: list[Said], key: bool) -> None:
+        session = self.pick(slot)
+        self.ingest(session, new, key)
 
-    @rule(session=sessions, call=st.sampled_from(["call-0", "nobody's"]))
-    def ingest_what_nobody_called_for(self, session: str, call: str) -> None:
-        if not self.gone(session):
-            self.ingest(session, [Said("tool", "x", answers=call)], False)
+    @rule(slot=slots, call=st.sampled_from(["call-0", "nobody's"]))
+    def ingest_what_nobody_called_for(self, slot: int, call: str) -> None:
+        session = self.pick(slot)
+        self.ingest(session, [Said("tool", "x", answers=call)], False)
 
     def ingest(self, session: str, new: list[Said], key: bool) -> None:
         reference = self.reference[session]
@@ -522,29 +524,26 @@ class SessionRules(RuleBasedStateMachine):
 
     # ---- Versions ----
 
-    @rule(target=sessions, session=sessions, data=st.data(), key=keyed)
-    def fork(self, session: str, data: Any, key: bool) -> Any:
-        if self.gone(session):
-            return multiple()
+    @rule(slot=slots, pick=picks, key=keyed)
+    def fork(self, slot: int, pick: int, key: bool) -> None:
+        session = self.pick(slot)
         reference = self.reference[session]
-        version = data.draw(st.none() | st.sampled_from([*reference.own, 99]))
+        version = one_of([None, None, *reference.own, 99], pick)
         body: Body = {**({} if version is None else {"version": version}), **self.key(key)}
         got = self.tried("fork", session, body)
         number = reference.tip.number if version is None else version
         forked = self.expected(lambda: reference.fork(number), got)
         if forked is None:
-            return multiple()
+            return
         self.keep("fork", session, body, got)
         self.reference[got["id"]] = forked
         self.make_room()
-        return multiple() if self.gone(got["id"]) else got["id"]
 
-    @rule(session=sessions, data=st.data(), key=keyed)
-    def roll_back(self, session: str, data: Any, key: bool) -> None:
-        if self.gone(session):
-            return
+    @rule(slot=slots, pick=picks, key=keyed)
+    def roll_back(self, slot: int, pick: int, key: bool) -> None:
+        session = self.pick(slot)
         reference = self.reference[session]
-        version = data.draw(st.sampled_from([*reference.own, 99]))
+        version = one_of([*reference.own, 99], pick)
         body = {"version": version, **self.key(key)}
         got = self.tried("rollback", session, body)
         tip = self.expected(lambda: reference.at(version), got)
@@ -553,59 +552,60 @@ class SessionRules(RuleBasedStateMachine):
             assert (got["version"], got["tokens"]) == (version, len(tip.tokens))
             self.keep("rollback", session, body, got)
 
-    @rule(session=sessions, new=st.just([]) | users, data=st.data(), key=keyed)
-    def edit(self, session: str, new: list[Said], data: Any, key: bool) -> None:
-        if self.gone(session):
-            return
+    @rule(slot=slots, new=st.just([]) | users, pick=picks, key=keyed)
+    def edit(self, slot: int, new: list[Said], pick: int, key: bool) -> None:
+        session = self.pick(slot)
         reference = self.reference[session]
-        after = data.draw(st.sampled_from([*reference.own]))
-        through = data.draw(st.none() | st.sampled_from([*reference.own]))
+        after = one_of([*reference.own], pick)
+        through = one_of([None, *reference.own], pick // 10)
         body: Body = {"after": after, "messages": [each.body() for each in new], **self.key(key)}
         if through is not None:
             body["through"] = through
         self.changed(session, "edit", body, lambda: reference.edited(after, through, new))
 
-    @rule(session=sessions, metadata=st.dictionaries(words, words, max_size=2))
-    def touch(self, session: str, metadata: dict[str, str]) -> None:
-        if not self.gone(session):
-            got = self.call("touch", session, metadata=metadata)
-            self.reference[session].options["metadata"] = metadata
-            assert got["metadata"] == metadata
+    @rule(slot=slots, metadata=st.dictionaries(words, words, max_size=2))
+    def touch(self, slot: int, metadata: dict[str, str]) -> None:
+        session = self.pick(slot)
+        got = self.call("touch", session, metadata=metadata)
+        self.reference[session].options["metadata"] = metadata
+        assert got["metadata"] == metadata
 
-    @rule(target=sessions, session=sessions, key=keyed)
-    def move(self, session: str, key: bool) -> Any:
+    @rule(slot=slots, key=keyed)
+    def move(self, slot: int, key: bool) -> None:
         """Export and import: the same session under another id."""
-        if self.gone(session):
-            return multiple()
+        session = self.pick(slot)
         exported = self.exported(session)
         body: Body = {"session": exported, **self.key(key)}
         got = self.call("import", None, **body)
         self.reference[got["id"]] = self.reference[session].copy()
         self.keep("import", None, body, got)
         self.make_room()
-        return multiple() if self.gone(got["id"]) else got["id"]
 
     # ---- Keys ----
 
-    @rule(session=sessions, data=st.data())
-    def repeat(self, session: str, data: Any) -> None:
+    @rule(slot=slots, pick=picks)
+    def repeat(self, slot: int, pick: int) -> None:
         """What was asked under a key is answered as then, whatever happened since."""
-        if self.gone(session) or not (kept := self.reference[session].kept):
+        session = self.pick(slot)
+        kept = self.reference[session].kept
+        if not kept:
             return
-        operation, body, reply = data.draw(st.sampled_from(kept))
+        operation, body, reply = one_of(kept, pick)
         assert self.call(operation, session, **body) == reply
 
-    @rule(data=st.data())
-    def repeat_an_opening(self, data: Any) -> None:
+    @rule(pick=picks)
+    def repeat_an_opening(self, pick: int) -> None:
         if self.opening:
-            operation, body, reply = data.draw(st.sampled_from(self.opening))
+            operation, body, reply = one_of(self.opening, pick)
             assert self.call(operation, None, **body) == reply
 
-    @rule(session=sessions, data=st.data())
-    def take_a_key_for_another_request(self, session: str, data: Any) -> None:
-        if self.gone(session) or not (kept := self.reference[session].kept):
+    @rule(slot=slots, pick=picks)
+    def take_a_key_for_another_request(self, slot: int, pick: int) -> None:
+        session = self.pick(slot)
+        kept = self.reference[session].kept
+        if not kept:
             return
-        _, body, _ = data.draw(st.sampled_from(kept))
+        _, body, _ = one_of(kept, pick)
         _, other = self.turn_body([Said("user", "something else")], 7)
         got = self.tried("append", session, {**other, "idempotency_key": body["idempotency_key"]})
         assert got == "idempotency_key_reused", got
@@ -641,13 +641,12 @@ class SessionRules(RuleBasedStateMachine):
             said = [(each["role"], each["content"]) for each in found[name]]
             assert said == [(each.role, each.content) for each in messages]
 
-    @rule(session=sessions, data=st.data())
-    def read(self, session: str, data: Any) -> None:
-        if self.gone(session):
-            return
+    @rule(slot=slots, pick=picks)
+    def read(self, slot: int, pick: int) -> None:
+        session = self.pick(slot)
         self.exported(session)
         reference = self.reference[session]
-        version = data.draw(st.sampled_from([*reference.own]))
+        version = one_of([*reference.own], pick)
         found = self.call("messages", session, version=version)
         said = [each["content"] for each in found["messages"]]
         assert said == [each.content for each in reference.at(version).said]

@@ -24,9 +24,9 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import rule, run_state_machine_as_test
 from session_reference import RefusalError, Said
-from session_rules import Body, RefusedError, SessionRules
+from session_rules import Body, RefusedError, SessionRules, slots, words
 from tokenizers import Tokenizer
 
 from bench.engines import tiny
@@ -283,9 +283,10 @@ class LiveSessions(SessionRules):
     def be_quiet(self) -> None:
         self.do(self.door.check_pool())
 
-    @precondition(lambda self: self.live.since_restart >= RESTART_AFTER)
     @rule(killed=st.booleans())
     def restart(self, killed: bool) -> None:
+        if self.live.since_restart < RESTART_AFTER:
+            return
         self.do(self.door.restart(killed=killed))
         self.all_are_the_same()
 
@@ -317,11 +318,10 @@ class LiveSessions(SessionRules):
         for prompt, output in zip(prompts, others, strict=True):
             self.live.oracle.check(prompt, output)
 
-    @rule(session=SessionRules.sessions, new=st.text("abc xyz", min_size=1, max_size=12))
-    def detach(self, session: str, new: str) -> None:
+    @rule(slot=slots, new=words)
+    def detach(self, slot: int, new: str) -> None:
         """A detached turn is committed though its client leaves as soon as it has begun."""
-        if self.gone(session):
-            return
+        session = self.pick(slot)
         said = [Said("user", new)]
         try:
             self.prompt_of(session, said)

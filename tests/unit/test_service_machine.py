@@ -18,7 +18,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import rule
 from pydantic import ValidationError
 from session_reference import RefusalError, Said
-from session_rules import Body, RefusedError, SessionRules, limits, users, words
+from session_rules import (
+    Body,
+    RefusedError,
+    SessionRules,
+    limits,
+    one_of,
+    picks,
+    slots,
+    users,
+    words,
+)
 
 from stateful_sglang.api.errors import from_validation
 from stateful_sglang.api.native import changes, forms, schemas
@@ -217,8 +227,8 @@ class ServiceSessions(SessionRules):
     def leave_memory(self) -> None:
         self.do(self.door.service._core.directory.trim())
 
-    @rule(session=SessionRules.sessions, calls=st.integers(1, 3), limit=st.just(200))
-    def answer_with_calls(self, session: str, calls: int, limit: int) -> None:
+    @rule(slot=slots, calls=st.integers(1, 3), limit=st.just(200))
+    def answer_with_calls(self, slot: int, calls: int, limit: int) -> None:
         """Opened with a tool, a session's answers may call it: here in a session of its own."""
         self.make_room()
         tool = {"type": "function", "function": {"name": "look"}}
@@ -245,11 +255,10 @@ class ServiceSessions(SessionRules):
             assert [each["tool_call_id"] for each in found] == named
         self.call("close", opened)
 
-    @rule(session=SessionRules.sessions, new=users, raised=st.booleans(), prefill=st.booleans())
-    def fail(self, session: str, new: list[Said], raised: bool, prefill: bool) -> None:
+    @rule(slot=slots, new=users, raised=st.booleans(), prefill=st.booleans())
+    def fail(self, slot: int, new: list[Said], raised: bool, prefill: bool) -> None:
         """What the engine breaks is not committed; an ingest is kept, and computed later."""
-        if self.gone(session):
-            return
+        session = self.pick(slot)
         aborted = {"type": "abort", "message": "no", "status_code": 503}
         # Twice: a rank that has lost its sessions refuses the first.
         self.door.engine.ends = [RuntimeError("no") if raised else aborted] * 2
@@ -263,21 +272,19 @@ class ServiceSessions(SessionRules):
         finally:
             self.door.engine.ends = []
 
-    @rule(session=SessionRules.sessions, new=users, times=st.integers(1, 4), limit=limits)
-    def run_out_of_memory(self, session: str, new: list[Said], times: int, limit: int) -> None:
+    @rule(slot=slots, new=users, times=st.integers(1, 4), limit=limits)
+    def run_out_of_memory(self, slot: int, new: list[Said], times: int, limit: int) -> None:
         """A turn that the scheduler gave up is run again, and nobody is told."""
-        if self.gone(session):
-            return
+        session = self.pick(slot)
         self.door.engine.ends = [OUT_OF_MEMORY for _ in range(times)]
         try:
             self.play_turn(session, new, limit)
         finally:
             self.door.engine.ends = []
 
-    @rule(session=SessionRules.sessions, new=users, what=st.sampled_from(["append", "ingest"]))
-    def fail_to_record(self, session: str, new: list[Said], what: str) -> None:
-        if self.gone(session):
-            return
+    @rule(slot=slots, new=users, what=st.sampled_from(["append", "ingest"]))
+    def fail_to_record(self, slot: int, new: list[Said], what: str) -> None:
+        session = self.pick(slot)
         self.door.disk.full = True
         try:
             operation, at, body = self.addressed(session, new)
@@ -289,11 +296,10 @@ class ServiceSessions(SessionRules):
         finally:
             self.door.disk.full = False
 
-    @rule(session=SessionRules.sessions, data=st.data())
-    def fail_to_record_a_change(self, session: str, data: Any) -> None:
-        if self.gone(session):
-            return
-        version = data.draw(st.sampled_from([*self.reference[session].own]))
+    @rule(slot=slots, pick=picks)
+    def fail_to_record_a_change(self, slot: int, pick: int) -> None:
+        session = self.pick(slot)
+        version = one_of([*self.reference[session].own], pick)
         self.door.disk.full = True
         try:
             for operation in ("rollback", "fork"):
@@ -302,11 +308,10 @@ class ServiceSessions(SessionRules):
         finally:
             self.door.disk.full = False
 
-    @rule(session=SessionRules.sessions, new=users, moments=st.integers(0, 6))
-    def close_beside_a_turn(self, session: str, new: list[Said], moments: int) -> None:
+    @rule(slot=slots, new=users, moments=st.integers(0, 6))
+    def close_beside_a_turn(self, slot: int, new: list[Said], moments: int) -> None:
         """The turn ends with its session; here on a fork, which lives for this alone."""
-        if self.gone(session):
-            return
+        session = self.pick(slot)
         fork = self.call("fork", session)["id"]
         operation, body = self.turn_body(new, 8)
 
@@ -327,11 +332,10 @@ class ServiceSessions(SessionRules):
         ends = ("session_closed", "session_not_found", "context_length_exceeded")
         assert not isinstance(got, str) or got in ends, got
 
-    @rule(session=SessionRules.sessions, new=words)
-    def detach(self, session: str, new: str) -> None:
+    @rule(slot=slots, new=words)
+    def detach(self, slot: int, new: str) -> None:
         """A detached turn is committed though nobody reads it."""
-        if self.gone(session):
-            return
+        session = self.pick(slot)
         said = [Said("user", new)]
         try:
             prompt = self.prompt_of(session, said)
