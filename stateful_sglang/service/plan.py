@@ -147,13 +147,14 @@ class Planner:
         return PlannedTurn(now.base_len, now.delta[:length], now.rewind_reason, head, messages)
 
     def check_pending(self, parent: Commit, pending: Sequence[Message]) -> None:
-        """Prove that a turn could begin with these messages behind a commit.
+        """Prove that a turn could begin with these messages behind a commit, if there are any.
 
         Raises:
             InvalidInputError: They can't be rendered.
             ContextOverflowError: They don't fit.
         """
-        self._check_fits(self._behind(parent, pending)[2])
+        if pending:  # no template renders nothing, and no turn begins with it
+            self._check_fits(self._behind(parent, pending)[2])
 
     def _check_fits(self, rendered: RenderedDelta) -> None:
         left = self.tokens_left(rendered.base_len)

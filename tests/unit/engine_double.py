@@ -60,6 +60,7 @@ class CharTokenizer:
 
     def apply_chat_template(self, conversation: Any, *, tokenize: bool, **kwargs: Any) -> str:
         assert not tokenize
+        conversation[0]  # Hugging Face's tokenizers look at it, so that none raises IndexError
         return self._template.render(messages=conversation, **kwargs)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

@@ -716,3 +716,13 @@ async def test_others_are_served_while_a_long_session_is_taken_in_or_written_out
     await answer(service, session, say("two"))
     exporting.go_on.set()
     assert await task == exported, "what came after the request is not in it"
+
+
+async def test_an_edit_may_drop_everything() -> None:
+    engine = EngineDouble()
+    service = OneTenant(engine)
+    session = await opened(service)
+    await answer(service, session, say("forget me"))
+    assert (await service.edit(session, Edit(after=0))).tokens == 0
+    await answer(service, session, say("hello"))
+    assert "forget" not in engine.tokenizer.decode(engine.prompts[-1])
