@@ -191,7 +191,8 @@ class Reference:
         whole, gone = [*self.tip.said, *self.tip.pending], len(last.said) + len(last.pending)
         pending = (*parent.pending, *new, *whole[gone:])
         made = Version(self.newest + 1, parent, parent.tokens, parent.said, pending)
-        self.fitting(self.prompt((), made))
+        if pending:
+            self.fitting(self.prompt((), made))
         return made
 
     def fork(self, number: int) -> Reference:

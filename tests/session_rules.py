@@ -68,6 +68,8 @@ words = st.text("abc xyz", min_size=1, max_size=12)
 users = st.lists(words.map(lambda text: Said("user", text)), min_size=1, max_size=2)
 limits = st.integers(1, 12)
 keyed = st.sampled_from([False, False, True])
+numbers = itertools.count()
+"""Of keys and calls: a server outlives a machine, and remembers its keys."""
 slots = picks = st.integers(0, 999)
 """What is picked by such a number depends on what there is; what is drawn does not: so an example's
 draws are the same whatever a server does."""
@@ -92,9 +94,9 @@ class SessionRules(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.door = self.make_door()
         self.reference: dict[str, Reference] = {}
+        self.said = ""
+        """The last error."""
         self.opening: list[tuple[str, Body, Body]] = []
-        self.numbers = itertools.count()
-        self.log: list[str] = []
 
     # ---- What a subclass says ----
 
@@ -117,10 +119,11 @@ class SessionRules(RuleBasedStateMachine):
         try:
             return self.do(self.door.call(operation, session, body))
         except RefusedError as refused:
+            self.said = str(refused)
             return refused.kind
 
     def key(self, wanted: bool) -> Body:
-        return {"idempotency_key": f"key-{next(self.numbers)}"} if wanted else {}
+        return {"idempotency_key": f"key-{next(numbers)}"} if wanted else {}
 
     def keep(self, operation: str, session: str | None, body: Body, reply: Body) -> None:
         if "idempotency_key" not in body:
@@ -135,7 +138,7 @@ class SessionRules(RuleBasedStateMachine):
         except RefusalError as refusal:
             refused = refusal.kind
         else:
-            assert not isinstance(got, str), got
+            assert not isinstance(got, str), self.said
             return made
         assert got == refused, (got, refused)
         return None
@@ -265,9 +268,7 @@ class SessionRules(RuleBasedStateMachine):
     @rule(calls=st.integers(1, 3), key=keyed)
     def open_with_calls(self, calls: int, key: bool) -> None:
         """A conversation that was begun elsewhere, and waits for the results of its calls."""
-        named = tuple(
-            (f"call-{next(self.numbers)}", "look", f'{{"n": {at}}}') for at in range(calls)
-        )
+        named = tuple((f"call-{next(numbers)}", "look", f'{{"n": {at}}}') for at in range(calls))
         self.add_opened(None, [Said("user", "look"), Said("assistant", "so", named)], key)
 
     def add_opened(self, system: str | None, said: list[Said], key: bool) -> None:

@@ -36,7 +36,7 @@ from stateful_sglang.cpu.platform import prepare
 
 OPERATIONS = int(os.environ.get("STATEFUL_SGLANG_MACHINE_OPERATIONS", "2000"))
 STEPS = 50
-CONTEXT, POOL = 1024, 3000
+CONTEXT, POOL = 1024, 1600
 RESTART_AFTER = 400
 """Operations that a server lives for at least; then it is ended at random."""
 TIE = 1e-3
@@ -82,6 +82,7 @@ class Live:
         self.server: Server
         self.operations: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
+        self.evicted: Counter[str] = Counter()
         self.answers = self.restarts = self.since_restart = self.quiet_points = 0
 
     def start(self) -> None:
@@ -98,19 +99,31 @@ class Live:
         self._stack.close()
 
     def restart(self, *, killed: bool) -> None:
+        self.count_evictions()
         self.end(killed=killed)
         self.restarts += 1
         self.start()
 
+    def count_evictions(self) -> None:
+        with http.client(self.server.url) as client:
+            tree = client.get("/v1/tree").json()
+        self.evicted.update(tree["evicted_tokens"], pins_broken=tree["pins_broken"])
+
+    @property
+    def done(self) -> int:
+        """Operations, those left out that only read."""
+        return sum(n for name, n in self.operations.items() if name not in READS)
+
     def figures(self) -> dict[str, Any]:
         return {
-            "operations": sum(n for name, n in self.operations.items() if name not in READS),
-            "reads": sum(n for name, n in self.operations.items() if name in READS),
+            "operations": self.done,
+            "reads": self.operations.total() - self.done,
             "answers_checked": self.answers,
             "restarts": self.restarts,
             "quiet_points": self.quiet_points,
             "by_operation": dict(self.operations),
             "refused": dict(self.refused),
+            "evicted_tokens": dict(self.evicted),
         }
 
 
@@ -348,7 +361,7 @@ def test_sessions_on_a_real_server_are_what_a_pure_model_says(live: Live) -> Non
     LiveSessions.live = live
     # Not shrunk, nor kept: a server that has lived plays no example the same way again.
     played = settings(
-        max_examples=max(OPERATIONS // STEPS, 1),
+        max_examples=10,
         stateful_step_count=STEPS,
         phases=[Phase.generate],
         database=None,
@@ -357,6 +370,9 @@ def test_sessions_on_a_real_server_are_what_a_pure_model_says(live: Live) -> Non
         print_blob=False,
     )
     try:
-        run_state_machine_as_test(LiveSessions, settings=played)
+        while live.done < OPERATIONS:
+            run_state_machine_as_test(LiveSessions, settings=played)
     finally:
+        with contextlib.suppress(httpx.TransportError):
+            live.count_evictions()
         print(json.dumps(live.figures()))
