@@ -43,8 +43,8 @@ OUTPUT = 16
 TURN_TOKENS = 112
 """About what a turn adds to a session: a message, the template's own tokens, the answer."""
 CONTEXT = 2048
-WEDGED_S = 120.0
-"""A request that takes longer is wedged: the whole run takes a fraction of it."""
+WEDGED_S = 300.0
+"""A request that takes longer is wedged: on a small machine it waits a minute for others."""
 SETTLED_S = 10.0
 BYTES_A_TOKEN = 4
 """Of English text in the embedded model's tokens; the small model's tokens are bytes."""

@@ -361,7 +361,7 @@ def test_sessions_on_a_real_server_are_what_a_pure_model_says(live: Live) -> Non
     LiveSessions.live = live
     # Not shrunk, nor kept: a server that has lived plays no example the same way again.
     played = settings(
-        max_examples=10,
+        max_examples=5,
         stateful_step_count=STEPS,
         phases=[Phase.generate],
         database=None,
