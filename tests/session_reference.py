@@ -7,9 +7,10 @@ is for an oracle to say.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -86,6 +87,8 @@ class Reference:
     kept: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = field(default_factory=list)
     """Under idempotency keys: operation, body, reply."""
     options: dict[str, Any] = field(default_factory=dict)
+    rewrites: bool = False
+    """The template renders the last message alone, so that each turn rewrites all before it."""
 
     @classmethod
     def opened(
@@ -94,10 +97,12 @@ class Reference:
         context: int,
         system: str | None = None,
         messages: Sequence[Said] = (),
+        *,
+        rewrites: bool = False,
     ) -> Reference:
         """A new session."""
         first = Version(0, None, pending=tuple(messages))
-        return cls(system, encode, context, first, own={0: first})
+        return cls(system, encode, context, first, own={0: first}, rewrites=rewrites)
 
     def at(self, number: int) -> Version:
         """A version."""
@@ -116,7 +121,12 @@ class Reference:
     def prompt(self, new: Sequence[Said], at: Version | None = None) -> tuple[int, ...]:
         """All tokens that an answer to pending and new messages continues."""
         tip = at or self.tip
-        text = rendered(in_call_order(tip, [*tip.pending, *new])) + PROMPT
+        ordered = in_call_order(tip, [*tip.pending, *new])
+        if self.rewrites:
+            if tip.tokens and any(each.raw for each in tip.way()):
+                raise RefusalError("invalid_request")
+            return tuple(self.encode(rendered(last_of(ordered)) + PROMPT))
+        text = rendered(ordered) + PROMPT
         if tip.tokens:
             (end,) = self.encode(END)
             text = ("" if tip.tokens[-1] == end else END) + "\n" + text
@@ -199,21 +209,11 @@ class Reference:
         """Another session with this one's past."""
         tip = self.at(number)
         own = {each.number: each for each in tip.way()}
-        return Reference(
-            self.system, self.encode, self.context, tip, number, own, options=dict(self.options)
-        )
+        return replace(self, tip=tip, newest=number, own=own, kept=[], options={**self.options})
 
     def copy(self) -> Reference:
         """The same session under another id, as an import makes it."""
-        return Reference(
-            self.system,
-            self.encode,
-            self.context,
-            self.tip,
-            self.newest,
-            dict(self.own),
-            options=dict(self.options),
-        )
+        return replace(self, own={**self.own}, kept=[], options={**self.options})
 
 
 def turn(role: str, content: str) -> str:
@@ -234,6 +234,20 @@ def rendered(messages: Sequence[Said]) -> str:
         else:
             text += turn(each.role, written(each))
     return text
+
+
+def last_of(messages: Sequence[Said]) -> Sequence[Said]:
+    """The last message as a template sees it: results that follow each other are one."""
+    at = len(messages) - 1
+    while at > 0 and messages[at].role == messages[at - 1].role == "tool":
+        at -= 1
+    return messages[at:]
+
+
+def kept_of(tokens: Sequence[int], prompt: Sequence[int]) -> int:
+    """How many tokens a prompt shares with what a session holds; its last one is always new."""
+    shared = itertools.takewhile(lambda each: each[0] == each[1], zip(tokens, prompt, strict=False))
+    return min(sum(1 for _ in shared), len(prompt) - 1)
 
 
 def written(message: Said) -> str:

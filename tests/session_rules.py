@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from session_reference import Reference, RefusalError, Said, Version
+from session_reference import Reference, RefusalError, Said, Version, kept_of
 
 Body = dict[str, Any]
 MOST_SESSIONS = 6
@@ -100,6 +100,9 @@ class SessionRules(RuleBasedStateMachine):
 
     # ---- What a subclass says ----
 
+    rewrites = False
+    """The template renders the last message alone."""
+
     def make_door(self) -> Any:
         raise NotImplementedError
 
@@ -170,6 +173,14 @@ class SessionRules(RuleBasedStateMachine):
             return reference.continued(new)
         return reference.answered(new)
 
+    def refuses(self, session: str, new: Sequence[Said] | str | list[int]) -> bool:
+        """Whether nothing can be appended now, for want of room or of what to render."""
+        try:
+            self.prompt_of(session, new)
+        except RefusalError:
+            return True
+        return False
+
     def turn_body(self, new: Any, limit: int, **more: Any) -> tuple[str, Body]:
         sampling = {"max_tokens": limit, "temperature": 0}
         content = self.content(new)
@@ -183,9 +194,9 @@ class SessionRules(RuleBasedStateMachine):
         room = min(limit, reference.context - len(prompt))
         finish = None if reply["finish_reason"] == "tool_calls" else reply["finish_reason"]
         self.door.check_answer(prompt, output, room, finish)
-        held = len(reference.tip.tokens)
-        assert (usage["history_tokens"], usage["rewound_tokens"]) == (held, 0)
-        assert usage["delta_tokens"] == len(prompt) - held
+        held, kept = len(reference.tip.tokens), kept_of(reference.tip.tokens, prompt)
+        assert (usage["history_tokens"], usage["rewound_tokens"]) == (held, held - kept)
+        assert usage["delta_tokens"] == len(prompt) - kept
         assert usage["cached_tokens"] + usage["computed_tokens"] == len(prompt)
         assert usage["generated_tokens"] == len(output)
         assert (usage["max_tokens"], usage["max_tokens_clipped"]) == (room, room < limit)
@@ -281,7 +292,7 @@ class SessionRules(RuleBasedStateMachine):
         reply = self.call("open", None, **body)
         session = reply["id"]
         self.reference[session] = Reference.opened(
-            self.door.encode, self.door.context, system, said
+            self.door.encode, self.door.context, system, said, rewrites=self.rewrites
         )
         self.keep("open", None, body, reply)
 
@@ -360,9 +371,7 @@ class SessionRules(RuleBasedStateMachine):
     ) -> None:
         """A client that leaves in the middle; with a key it comes back for its answer."""
         session = self.pick(slot)
-        try:
-            self.prompt_of(session, new)
-        except RefusalError:
+        if self.refuses(session, new):
             return
         operation, body = self.turn_body(new, limit, stream=streamed, **self.key(key))
         self.do(self.door.abandon(operation, session, body, moments, streamed=streamed))
@@ -379,9 +388,7 @@ class SessionRules(RuleBasedStateMachine):
     ) -> None:
         """The next append is never told of a turn whose client left."""
         session = self.pick(slot)
-        try:
-            self.prompt_of(session, new)
-        except RefusalError:
+        if self.refuses(session, new):
             return
 
         async def both() -> Body | str:
@@ -432,6 +439,8 @@ class SessionRules(RuleBasedStateMachine):
     def at_once(self, session: str, news: list[list[Said]], busy: str, beside: str) -> None:
         reference = self.reference[session]
         limit = 5
+        if self.refuses(session, news[0]):
+            return
         bodies = [self.turn_body(new, limit, on_busy=busy) for new in news]
         if beside == "ephemeral":
             bodies.append(self.turn_body(news[0], limit, ephemeral=True))
@@ -484,7 +493,7 @@ class SessionRules(RuleBasedStateMachine):
         fork = self.reference[session].fork(view["version"])
         self.reference[view["id"]] = fork
         assert view["tokens"] == len(fork.tip.tokens)
-        self.play_turn(view["id"], [Said("user", "go on")], 4)
+        self.play_turn(view["id"], "go on" if fork.tip.tokens else [Said("user", "go on")], 4)
         self.end(view["id"])
 
     # ---- Tools ----
@@ -520,8 +529,8 @@ class SessionRules(RuleBasedStateMachine):
             assert got["pending"] == len(pending)
             assert got["missing"] == reference.missing(pending)
             assert got["computed_tokens"] >= 0
-            prompt = len(reference.prompt(())) - len(reference.tip.tokens)
-            assert 0 <= got["ready_tokens"] <= prompt
+            prompt = reference.prompt(())
+            assert 0 <= got["ready_tokens"] <= len(prompt) - kept_of(reference.tip.tokens, prompt)
 
     # ---- Versions ----
 

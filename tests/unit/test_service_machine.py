@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_double import END, EngineDouble
+from engine_double import CHATML, END, FORGETFUL, EngineDouble
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 from pydantic import ValidationError
-from session_reference import RefusalError, Said
+from session_reference import Said
 from session_rules import (
     Body,
     RefusedError,
@@ -42,7 +42,7 @@ from stateful_sglang.session.journal.sqlite import SqliteJournal
 from stateful_sglang.session.rank import RankSessions
 
 ME = Caller()
-EXAMPLES = int(os.environ.get("STATEFUL_SGLANG_MACHINE_EXAMPLES", "120"))
+EXAMPLES = int(os.environ.get("STATEFUL_SGLANG_MACHINE_EXAMPLES", "80"))
 STEPS = 50
 OUT_OF_MEMORY = {"type": "abort", "message": "Out of memory even after retracting all others"}
 
@@ -50,8 +50,8 @@ OUT_OF_MEMORY = {"type": "abort", "message": "Out of memory even after retractin
 class Engine(EngineDouble):
     """A model server whose next turns end as told, the rest well."""
 
-    def __init__(self, context: int) -> None:
-        super().__init__(context_length=context)
+    def __init__(self, context: int, template: str) -> None:
+        super().__init__(context, template)
         self.ends: list[Mapping[str, Any] | Exception] = []
 
     async def run(self, turn: Any) -> Any:
@@ -83,13 +83,14 @@ class Disk:
 class ServiceDoor:
     """A service in this process, over a journal in a file."""
 
-    def __init__(self, folder: Path, context: int) -> None:
+    def __init__(self, folder: Path, context: int, template: str) -> None:
         self.context = context
+        self._template = template
         self._path = folder / "journal.sqlite3"
         self.connect()
 
     def connect(self) -> None:
-        self.engine = Engine(self.context)
+        self.engine = Engine(self.context, self._template)
         self.disk = Disk(SqliteJournal.connect(self._path, sync="normal"))
         self.service = SessionService(self.engine, self.disk, Limits(resident_tokens=3000))
 
@@ -206,7 +207,7 @@ class ServiceSessions(SessionRules):
         return self.do(self._door())
 
     async def _door(self) -> ServiceDoor:
-        return ServiceDoor(Path(self.folder.name), 1200)
+        return ServiceDoor(Path(self.folder.name), 1200, FORGETFUL if self.rewrites else CHATML)
 
     def teardown(self) -> None:
         self.do(self.door.service.shutdown())
@@ -259,6 +260,8 @@ class ServiceSessions(SessionRules):
     def fail(self, slot: int, new: list[Said], raised: bool, prefill: bool) -> None:
         """What the engine breaks is not committed; an ingest is kept, and computed later."""
         session = self.pick(slot)
+        if self.refuses(session, new):
+            return
         aborted = {"type": "abort", "message": "no", "status_code": 503}
         # Twice: a rank that has lost its sessions refuses the first.
         self.door.engine.ends = [RuntimeError("no") if raised else aborted] * 2
@@ -267,7 +270,7 @@ class ServiceSessions(SessionRules):
                 self.ingest(session, new, False)
                 return
             got = self.tried(*self.addressed(session, new))
-            kinds = ("engine_error", "engine_unavailable", "context_length_exceeded")
+            kinds = ("engine_error", "engine_unavailable")
             assert got in kinds, got
         finally:
             self.door.engine.ends = []
@@ -285,13 +288,15 @@ class ServiceSessions(SessionRules):
     @rule(slot=slots, new=users, what=st.sampled_from(["append", "ingest"]))
     def fail_to_record(self, slot: int, new: list[Said], what: str) -> None:
         session = self.pick(slot)
+        if self.refuses(session, new):
+            return
         self.door.disk.full = True
         try:
             operation, at, body = self.addressed(session, new)
             if what == "ingest":
                 operation, body = "ingest", {"messages": body["messages"]}
             got = self.tried(operation, at, body)
-            kinds = ("commit_failed", "journal_failed", "context_length_exceeded")
+            kinds = ("commit_failed", "journal_failed")
             assert got in kinds, got
         finally:
             self.door.disk.full = False
@@ -312,6 +317,8 @@ class ServiceSessions(SessionRules):
     def close_beside_a_turn(self, slot: int, new: list[Said], moments: int) -> None:
         """The turn ends with its session; here on a fork, which lives for this alone."""
         session = self.pick(slot)
+        if self.refuses(session, new):
+            return
         fork = self.call("fork", session)["id"]
         operation, body = self.turn_body(new, 8)
 
@@ -329,7 +336,7 @@ class ServiceSessions(SessionRules):
             return await task
 
         got = self.do(both())
-        ends = ("session_closed", "session_not_found", "context_length_exceeded")
+        ends = ("session_closed", "session_not_found")
         assert not isinstance(got, str) or got in ends, got
 
     @rule(slot=slots, new=words)
@@ -337,9 +344,7 @@ class ServiceSessions(SessionRules):
         """A detached turn is committed though nobody reads it."""
         session = self.pick(slot)
         said = [Said("user", new)]
-        try:
-            prompt = self.prompt_of(session, said)
-        except RefusalError:
+        if self.refuses(session, said):
             return
         operation, body = self.turn_body(said, 9, detach=True)
 
@@ -352,11 +357,16 @@ class ServiceSessions(SessionRules):
         before = self.reference[session].newest
         self.settle_abandoned(session, said, 9)
         assert self.reference[session].newest == before + 1
-        assert self.reference[session].tip.tokens[: len(prompt)] == prompt
 
     def addressed(self, session: str, new: list[Said]) -> tuple[str, str, Body]:
         operation, body = self.turn_body(new, 6)
         return operation, session, body
+
+
+class ForgetfulSessions(ServiceSessions):
+    """With a template that rewrites everything at every turn."""
+
+    rewrites = True
 
 
 @pytest.fixture(autouse=True)
@@ -365,7 +375,8 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "_FIRST_PAUSE_S", 0.0)
 
 
+_SETTINGS = settings(max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None)
 TestServiceSessions = ServiceSessions.TestCase
-TestServiceSessions.settings = settings(
-    max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None
-)
+TestServiceSessions.settings = _SETTINGS
+TestForgetfulSessions = ForgetfulSessions.TestCase
+TestForgetfulSessions.settings = _SETTINGS
