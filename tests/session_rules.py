@@ -19,7 +19,7 @@ from session_reference import Reference, RefusalError, Said, Version, kept_of
 
 Body = dict[str, Any]
 MOST_SESSIONS = 6
-"""That a machine keeps at once: the oldest is closed for another."""
+"""That a machine keeps at once: the second oldest is closed for another."""
 
 
 class RefusedError(Exception):
@@ -298,7 +298,7 @@ class SessionRules(RuleBasedStateMachine):
 
     def make_room(self) -> None:
         while len(self.reference) >= MOST_SESSIONS:
-            self.end(next(iter(self.reference)))
+            self.end([*self.reference][1])
 
     def end(self, session: str, **query: Any) -> None:
         reference = self.reference.pop(session)
@@ -307,14 +307,17 @@ class SessionRules(RuleBasedStateMachine):
         assert self.tried("get", session, {}) == "session_not_found"
 
     def pick(self, slot: int) -> str:
-        """One of the sessions, whatever number was drawn for it."""
+        """One of the sessions, whatever number was drawn for it.
+
+        Half of the time the oldest, so that much happens to it.
+        """
         if not self.reference:
             self.add_opened(None, [], False)
-        return one_of([*self.reference], slot)
+        return one_of([*self.reference], slot // 2 if slot % 2 else 0)
 
     @rule(slot=slots, erase=st.booleans())
     def close(self, slot: int, erase: bool) -> None:
-        session = self.pick(slot)
+        session = one_of([*self.reference] or [self.pick(0)], slot)
         self.end(session, erase=erase)
 
     # ---- Turns ----
@@ -553,7 +556,10 @@ class SessionRules(RuleBasedStateMachine):
     def roll_back(self, slot: int, pick: int, key: bool) -> None:
         session = self.pick(slot)
         reference = self.reference[session]
-        version = one_of([*reference.own, 99], pick)
+        self.go_to(session, one_of([*reference.own, 99], pick), key)
+
+    def go_to(self, session: str, version: int, key: bool = False) -> None:
+        reference = self.reference[session]
         body = {"version": version, **self.key(key)}
         got = self.tried("rollback", session, body)
         tip = self.expected(lambda: reference.at(version), got)
@@ -561,6 +567,21 @@ class SessionRules(RuleBasedStateMachine):
             reference.tip = tip
             assert (got["version"], got["tokens"]) == (version, len(tip.tokens))
             self.keep("rollback", session, body, got)
+
+    @rule(slot=slots, one=users, other=users, then=words | users, limit=limits)
+    def roll_to_and_fro(
+        self, slot: int, one: list[Said], other: list[Said], then: Any, limit: int
+    ) -> None:
+        """Two continuations of a version; the first goes on after the second was computed."""
+        session = self.pick(slot)
+        reference = self.reference[session]
+        start = reference.tip.number
+        self.play_turn(session, one, limit)
+        first = reference.tip.number
+        self.go_to(session, start)
+        self.play_turn(session, other, limit)
+        self.go_to(session, first)
+        self.play_turn(session, then, limit)
 
     @rule(slot=slots, new=st.just([]) | users, pick=picks, key=keyed)
     def edit(self, slot: int, new: list[Said], pick: int, key: bool) -> None:
