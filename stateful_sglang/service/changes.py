@@ -70,9 +70,16 @@ class Changes:
                 source = resident.session
                 version = source.version if command.version is None else command.version
                 forked = source.fork(version, command.options)
-                view = await self.add(caller, forked, keeping)
+                engine = self._core.engine
+                # The ranks first: a turn of the source may write other tokens while this waits.
                 if forked.held_len:
-                    await self._core.engine.fork_session(source.id, forked.id, forked.held_len)
+                    await engine.fork_session(source.id, forked.id, forked.held_len)
+                try:
+                    view = await self.add(caller, forked, keeping)
+                except BaseException:
+                    if forked.held_len:
+                        await engine.close_session(forked.id)
+                    raise
                 self._core.events.tell(source.id, "forked", version=version)
                 return view
 

@@ -37,8 +37,9 @@ class Snapshot(NamedTuple):
 
 def snapshot(session: Session, model: str) -> Snapshot:
     """Take hold of a session; nothing of it is copied."""
-    commits = {commit.version: commit for commit in session.history.commits}
-    for commit in session.history.published:
+    history = session.history
+    commits: dict[int, Commit] = {}
+    for commit in (history.tip, history.origin, *history.published):
         way: Commit | None = commit
         while way is not None and way.version not in commits:
             commits[way.version] = way
@@ -49,7 +50,7 @@ def snapshot(session: Session, model: str) -> Snapshot:
         "options": asdict(session.options),
         "created_at": session.created_at,
         "version": session.version,
-        "newest": session.history.newest,
+        "newest": history.newest,
     }
     return Snapshot(form, [commits[version] for version in sorted(commits)])
 

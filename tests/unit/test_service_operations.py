@@ -33,6 +33,7 @@ from stateful_sglang.service.sampling import Sampling
 from stateful_sglang.service.service import Limits
 from stateful_sglang.service.turns import TurnReader
 from stateful_sglang.session import errors
+from stateful_sglang.session.journal.base import JournalError
 from stateful_sglang.session.journal.sqlite import SqliteJournal
 from stateful_sglang.session.messages import Head, Message, ToolCall
 from stateful_sglang.session.records import SessionOptions
@@ -47,6 +48,31 @@ def user(text: str) -> Message:
 def say(text: str, *, limit: int = 20, **fields: Any) -> Append:
     writing = Writing(**{n: fields.pop(n) for n in list(fields) if n in Writing.__slots__})
     return Append(NewMessages((user(text),)), Sampling(max_tokens=limit), writing=writing, **fields)
+
+
+def raw(text: str) -> Append:
+    return Append(NewText(text), Sampling(max_tokens=20))
+
+
+class SlowOpening:
+    """A real journal that records new sessions when it is let to, or fails."""
+
+    def __init__(self) -> None:
+        self.inner = SqliteJournal.connect(None)
+        self.began, self.go = asyncio.Event(), asyncio.Event()
+        self.go.set()
+        self.error: JournalError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    async def open(self, *args: Any) -> None:
+        if self.error is not None:
+            raise self.error
+        if not self.go.is_set():
+            self.began.set()
+            await self.go.wait()
+        await self.inner.open(*args)
 
 
 def key(text: str, digest: str = "d") -> Key:
@@ -726,3 +752,44 @@ async def test_an_edit_may_drop_everything() -> None:
     assert (await service.edit(session, Edit(after=0))).tokens == 0
     await answer(service, session, say("hello"))
     assert "forget" not in engine.tokenizer.decode(engine.prompts[-1])
+
+
+async def test_a_fork_that_went_back_is_exported_with_what_it_can_go_forward_to() -> None:
+    service = OneTenant(EngineDouble())
+    source = await opened(service)
+    for text in "abc":
+        await answer(service, source, say(text))
+    fork = (await service.fork(source, Fork())).id
+    await service.rollback(fork, Rollback(1))
+    moved = (await service.import_(await service.export(fork))).id
+    assert (await service.rollback(moved, Rollback(3))).tokens == (await service.get(source)).tokens
+
+
+async def test_a_fork_has_the_tokens_of_its_version_whatever_its_source_does_meanwhile() -> None:
+    engine = EngineDouble(template=FORGETFUL)
+    journal = SlowOpening()
+    service = OneTenant(engine, journal=journal)
+    source = await opened(service)
+    for text in ("first", "second"):
+        await answer(service, source, say(text))
+    journal.go.clear()
+    forking = asyncio.create_task(service.fork(source, Fork()))
+    await journal.began.wait()
+    await answer(service, source, say("another that is quite a bit longer than both of them"))
+    journal.go.set()
+    fork = (await forking).id
+    twin = (await service.import_(await service.export(fork))).id
+    replies = [await answer(service, each, raw("x")) for each in (fork, twin)]
+    assert replies[0].text == replies[1].text
+
+
+async def test_a_fork_that_could_not_be_recorded_leaves_nothing_on_the_ranks() -> None:
+    engine = EngineDouble()
+    journal = SlowOpening()
+    service = OneTenant(engine, journal=journal)
+    source = await opened(service)
+    await answer(service, source, say("hello"))
+    journal.error = JournalError("the disk is full")
+    with pytest.raises(errors.JournalFailedError):
+        await service.fork(source, Fork())
+    assert len(engine.rank) == 1
