@@ -118,6 +118,8 @@ class RunningTurn:
         self._result: TurnResult | None = None
         self._error: SessionError = TurnAbortedError()
         self._text = ""
+        self._read = 0
+        """Characters of the text that a reader has got: no later try may say other ones."""
         self._watching: set[asyncio.Event] = set()
         self._readers = 0
         self._first_token_at: float | None = None
@@ -176,6 +178,7 @@ class RunningTurn:
                 changed.clear()
                 if len(self._text) > sent:
                     text, sent = self._text[sent:], len(self._text)
+                    self._read = max(self._read, sent)
                     yield text
                 elif self.ended:
                     return
@@ -268,9 +271,12 @@ class RunningTurn:
         if self._first_token_at is None and progress.output_ids:
             self._first_token_at = time.perf_counter()
         self.generated_tokens = len(progress.output_ids)
-        if progress.text.startswith(self._text):
+        read = self._text[: self._read]
+        if progress.text.startswith(read):
             self._text = progress.text
-        elif not self._text.startswith(progress.text):
+        elif progress.finish is None and read.startswith(progress.text):
+            self._text = read
+        else:
             # Another try samples other words than those that readers have seen of the last one.
             raise EngineError(
                 "overloaded",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from stateful_sglang.service.commands import (
     Touch,
     Writing,
 )
+from stateful_sglang.service.engine import EngineError, TurnProgress, TurnRequest
 from stateful_sglang.service.results import TurnResult
 from stateful_sglang.service.sampling import Sampling
 from stateful_sglang.service.service import Limits
@@ -793,3 +794,56 @@ async def test_a_fork_that_could_not_be_recorded_leaves_nothing_on_the_ranks() -
     with pytest.raises(errors.JournalFailedError):
         await service.fork(source, Fork())
     assert len(engine.rank) == 1
+
+
+# ---- A turn that the scheduler gave up ----
+
+
+class Retracting(EngineDouble):
+    """Gives its first try up after some tokens, and says something else at the second."""
+
+    def __init__(self, *tries: str) -> None:
+        super().__init__()
+        self.tries = list(tries)
+        self.script, self.pause_after = self.tries.pop(0), 2
+
+    async def run(self, turn: TurnRequest) -> AsyncIterator[TurnProgress]:
+        async for progress in super().run(turn):
+            yield progress
+            if self.tries and len(progress.output_ids) == 2:
+                await self.go.wait()
+                self.script, self.pause_after = self.tries.pop(0), None
+                raise EngineError("out_of_memory", "retracted")
+
+
+@pytest.mark.parametrize("second", ["other words", "a"])
+async def test_a_turn_whose_words_nobody_read_is_run_again_and_may_say_others(second: str) -> None:
+    engine = Retracting("abcdef", second)
+    service = OneTenant(engine)
+    session = await opened(service)
+    engine.go.set()
+    turn = await service.append(session, say("hello"))
+    assert (await turn.result()).text == second
+    assert "".join([text async for text in turn.texts()]) == second
+
+
+@pytest.mark.parametrize(
+    ("second", "committed"), [("abcxyz", True), ("other", False), ("a", False)]
+)
+async def test_a_turn_of_which_words_were_read_says_them_again_or_fails(
+    second: str, committed: bool
+) -> None:
+    engine = Retracting("abcdef", second)
+    service = OneTenant(engine)
+    session = await opened(service)
+    turn = await service.append(session, say("hello"))
+    texts = turn.texts()
+    read = [await anext(texts), await anext(texts)]
+    engine.go.set()
+    read += [text async for text in texts]
+    if committed:
+        assert "".join(read) == (await turn.result()).text == second
+    else:
+        assert "".join(read) == "ab"
+        with pytest.raises(errors.EngineFailedError, match="after some of it was read"):
+            await turn.result()
