@@ -49,6 +49,15 @@ class Door(Protocol):
         """Begin something and leave after a while, which a few `moments` make."""
         ...
 
+    async def told(
+        self, session: str, work: Callable[[], Awaitable[None]]
+    ) -> list[tuple[str, int | None]]:
+        """What a listener hears of a session, with the versions, while `work` does things to it.
+
+        They are to end with the session's end.
+        """
+        ...
+
     async def arrived(self) -> None:
         """Until what was sent and abandoned is there, if it ever will be."""
         ...
@@ -686,3 +695,50 @@ class SessionRules(RuleBasedStateMachine):
     def all_are_the_same(self) -> None:
         for session in self.reference:
             self.same(session)
+
+    @rule(limit=st.integers(1, 4))
+    def list_them(self, limit: int) -> None:
+        """Every session is on one page of the list, whatever its length."""
+        found: list[Body] = []
+        page: Body = {"next": None}
+        while page["next"] is not None or not found:
+            after = {} if page["next"] is None else {"after": page["next"]}
+            page = self.call("list", None, limit=limit, **after)
+            found += page["sessions"]
+            limit = max(limit, page["total"] // 4)
+            if not page["sessions"]:
+                break
+        assert len({each["id"] for each in found}) == len(found) == page["total"]
+        listed = {each["id"]: (each["version"], each["tokens"]) for each in found}
+        said = {
+            session: (reference.tip.number, len(reference.tip.tokens))
+            for session, reference in self.reference.items()
+        }
+        assert said == {session: listed.get(session) for session in said}
+
+    @rule(slot=slots, new=users, limit=limits)
+    def listen(self, slot: int, new: list[Said], limit: int) -> None:
+        """A listener is told all that happens; here to a fork, which lives for this alone."""
+        session = self.pick(slot)
+        tip = self.reference[session].tip
+        refused = self.refuses(session, new)
+        fork = self.call("fork", session)["id"]
+        operation, body = self.turn_body(new, limit)
+        replies: list[Body] = []
+
+        async def work() -> None:
+            await self.door.call("touch", fork, {"metadata": {}})
+            try:
+                replies.append(await self.door.call(operation, fork, body))
+            except RefusedError:
+                assert refused
+            await self.door.call("rollback", fork, {"version": tip.number})
+            await self.door.call("close", fork, {})
+
+        heard = self.do(self.door.told(fork, work))
+        turn = [("turn.started", tip.number), ("turn.committed", tip.number + 1)]
+        before = [("listening", tip.number), ("touched", tip.number)]
+        after = [("rolled_back", tip.number), ("closed", tip.number)]
+        assert heard == [*before, *(() if refused else turn), *after]
+        for reply in replies:
+            self.check_turn(session, self.prompt_of(session, new), limit, reply)

@@ -3,26 +3,27 @@
 The server's model is random, of two layers, in float32; what it answers is held against the same
 model in double precision, which knows no cache. Its KV pool is a fraction of what the sessions
 hold, so that they evict each other all the time. `STATEFUL_SGLANG_MACHINE_OPERATIONS` says how many
-operations are done, 2,000 by default.
+operations are done, 2,000 by default, and `STATEFUL_SGLANG_MACHINE_SEED` which; `-s` shows figures.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
 from session_reference import Said
@@ -31,18 +32,20 @@ from tokenizers import Tokenizer
 
 from bench.engines import tiny
 from bench.harness import http
+from bench.harness.rounds import say
 from bench.harness.server import Server, serve
 from stateful_sglang.cpu.platform import prepare
 
 OPERATIONS = int(os.environ.get("STATEFUL_SGLANG_MACHINE_OPERATIONS", "2000"))
+SEED = int(os.environ.get("STATEFUL_SGLANG_MACHINE_SEED", "0"))
 STEPS = 50
 CONTEXT, POOL = 1024, 1600
-RESTART_AFTER = 400
+RESTART_AFTER = 500
 """Operations that a server lives for at least; then it is ended at random."""
 TIE = 1e-3
 """Logits this near are equal: one order of adding up makes one the greater, another the other."""
 PATHS = {"open": ("POST", "/v1/sessions"), "import": ("POST", "/v1/sessions/import")}
-READS = ("get", "messages", "export")
+READS = ("get", "list", "messages", "export")
 
 pytestmark = pytest.mark.server
 
@@ -116,6 +119,7 @@ class Live:
 
     def figures(self) -> dict[str, Any]:
         return {
+            "seed": SEED,
             "operations": self.done,
             "reads": self.operations.total() - self.done,
             "answers_checked": self.answers,
@@ -184,6 +188,8 @@ class HttpDoor:
             reply = await self._client.delete(at, params=body)
         elif operation == "get":
             reply = await self._client.get(at)
+        elif operation == "list":
+            reply = await self._client.get("/v1/sessions", params=body)
         elif operation in READS:
             reply = await self._client.get(f"{at}/{operation}", params=body)
         elif body.get("stream"):
@@ -218,6 +224,22 @@ class HttpDoor:
                         return data
                     text += data["text"]
         raise AssertionError("a stream ended without its turn")
+
+    async def told(
+        self, session: str, work: Callable[[], Awaitable[None]]
+    ) -> list[tuple[str, int | None]]:
+        heard: list[tuple[str, int | None]] = []
+        name = ""
+        async with self._client.stream("GET", f"/v1/sessions/{session}/events") as reply:
+            async for line in reply.aiter_lines():
+                field, _, value = line.partition(": ")
+                if field == "event":
+                    name = value
+                elif field == "data":
+                    heard.append((name, json.loads(value).get("version")))
+                    if len(heard) == 1:
+                        await work()
+        return heard
 
     async def abandon(
         self, operation: str, session: str, body: Body, moments: int, *, streamed: bool
@@ -367,9 +389,15 @@ def test_sessions_on_a_real_server_are_what_a_pure_model_says(live: Live) -> Non
         suppress_health_check=list(HealthCheck),
         print_blob=False,
     )
+    began = time.monotonic()
     try:
-        while live.done < OPERATIONS:
+        for number in itertools.count():
+            seed(SEED * 1_000_000 + number)(LiveSessions)
             run_state_machine_as_test(LiveSessions, settings=played)
+            took = time.monotonic() - began
+            say(f"seed {SEED}: {live.done} of {OPERATIONS} operations, {live.done / took:.1f}/s")
+            if live.done >= OPERATIONS:
+                break
     finally:
         with contextlib.suppress(httpx.TransportError):
             live.count_evictions()

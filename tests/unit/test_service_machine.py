@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from session_rules import (
 from stateful_sglang.api.errors import from_validation
 from stateful_sglang.api.native import changes, forms, schemas
 from stateful_sglang.service import turns
-from stateful_sglang.service.commands import Caller
+from stateful_sglang.service.commands import Caller, ListSessions
 from stateful_sglang.service.service import Limits, SessionService
 from stateful_sglang.service.turns import TurnReader
 from stateful_sglang.session.errors import SessionError
@@ -140,6 +140,8 @@ class ServiceDoor:
             case "open":
                 command = schemas.OpenBody.model_validate_json(sent).to_command()
                 return forms.session_form(await service.open(ME, command))
+            case "list":
+                return forms.list_form(await service.list(ME, ListSessions(**body)))
             case "import":
                 asked = changes.ImportBody.model_validate_json(sent)
                 view = await service.import_(ME, asked.session.to_export(), key=asked.to_key())
@@ -177,6 +179,16 @@ class ServiceDoor:
             case "close":
                 return forms.closed_form(await service.close(ME, session, **body))
         raise AssertionError(operation)
+
+    async def told(
+        self, session: str, work: Callable[[], Awaitable[None]]
+    ) -> list[tuple[str, int | None]]:
+        heard = []
+        events = self.service.events(ME, session)
+        heard.append(await anext(events))
+        await work()
+        heard += [event async for event in events]
+        return [(event.name, event.data.get("version")) for event in heard]
 
     async def _begun(self, operation: str, session: str, body: Body) -> tuple[Any, TurnReader]:
         model = schemas.GenerateBody if operation == "generate" else schemas.AppendBody
