@@ -252,11 +252,13 @@ def measure(arguments: list[str], runs: int, size: int, rng: random.Random) -> S
     seen = Seen()
     settings = ["--context-length", str(CONTEXT), "--max-total-tokens", str(pool)]
     with serve(*arguments, *settings) as server:
+        began = time.monotonic()
         for number in range(1, runs + 1):
-            began = time.monotonic()
             asyncio.run(run_once(server, seen, rng, size))
+            took = time.monotonic() - began
             statuses = dict(sorted(seen.statuses.items()))
-            say(f"run {number} of {runs}: {time.monotonic() - began:.1f} s; so far {statuses}")
+            left = took / number * (runs - number)
+            say(f"run {number} of {runs}: {took:.0f} s so far, {left:.0f} s left; {statuses}")
     return seen
 
 
