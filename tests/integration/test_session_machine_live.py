@@ -58,6 +58,7 @@ class Oracle:
         import torch
         from transformers import LlamaForCausalLM
 
+        torch.set_num_threads(1)  # two would wait for each other where the server has the cores
         self._torch = torch
         self._model = LlamaForCausalLM.from_pretrained(folder).double().eval()
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
