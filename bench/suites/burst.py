@@ -20,7 +20,7 @@ import secrets
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -245,10 +245,11 @@ async def settled(client: httpx.AsyncClient) -> bool:
     return False
 
 
-def measure(arguments: list[str], runs: int, size: int, rng: random.Random) -> Seen:
-    """Some runs on one server."""
+def measure(
+    arguments: list[str], runs: int, size: int, rng: random.Random, seen: Seen
+) -> Generator[int, None, None]:
+    """Some runs on one server; yields how many are done after each."""
     pool = SESSIONS * TURNS * TURN_TOKENS // POOL_SHARE
-    seen = Seen()
     settings = ["--context-length", str(CONTEXT), "--max-total-tokens", str(pool)]
     with serve(*arguments, *settings) as server:
         began = time.monotonic()
@@ -258,7 +259,7 @@ def measure(arguments: list[str], runs: int, size: int, rng: random.Random) -> S
             statuses = dict(sorted(seen.statuses.items()))
             left = took / number * (runs - number)
             say(f"run {number} of {runs}: {took:.0f} s so far, {left:.0f} s left; {statuses}")
-    return seen
+            yield number
 
 
 def figures(prefix: str, runs: int, seen: Seen) -> dict[str, Figure]:
@@ -280,7 +281,10 @@ def main(
     json: Json = None,
     arguments: ServerArguments = None,
 ) -> int:
-    """Exit status 1 where something wedged, broke or was answered with 4xx or 5xx."""
+    """Exit status 1 where something wedged, broke or was answered with 4xx or 5xx.
+
+    Interrupted, it tells of the runs that were done by then.
+    """
     from bench.engines import tiny
 
     seed = secrets.randbelow(1 << 32) if seed is None else seed
@@ -288,20 +292,23 @@ def main(
     more = arguments or []
     told: dict[str, Figure] = {"seed": seed}
     details: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
         model = tiny.save(Path(folder), layers=1, context=CONTEXT)
         own = ["--model-path", str(model), "--dtype", "float32"]
         for prefix, count, start, size in (
             ("", runs, own, TURN_TOKENS // 2),
             ("real_", real_runs, [], TURN_TOKENS // 2 * BYTES_A_TOKEN),
         ):
-            if count:
-                seen = measure([*start, *more], count, size, rng)
-                told |= figures(prefix, count, seen)
-                details[f"{prefix}statuses"] = {str(s): n for s, n in seen.statuses.items()}
-                details[f"{prefix}errors"] = seen.unsaid
-                for said in seen.unsaid:
-                    say(said)
+            if not count:
+                continue
+            seen = Seen()
+            with contextlib.closing(measure([*start, *more], count, size, rng, seen)) as measured:
+                for done in measured:
+                    told |= figures(prefix, done, seen)
+                    statuses = {str(status): n for status, n in seen.statuses.items()}
+                    details |= {f"{prefix}statuses": statuses, f"{prefix}errors": seen.unsaid}
+            for said in seen.unsaid:
+                say(said)
     report(told, json, **details)
     bad = ("4xx", "5xx", "wedged", "broken", "unsettled")
     return int(any(value for name, value in told.items() if name.endswith(bad)))
