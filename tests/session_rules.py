@@ -77,6 +77,22 @@ words = st.text("abc xyz", min_size=1, max_size=12)
 users = st.lists(words.map(lambda text: Said("user", text)), min_size=1, max_size=2)
 limits = st.integers(1, 12)
 keyed = st.sampled_from([False, False, True])
+touches = st.fixed_dictionaries(
+    {},
+    optional={
+        "metadata": st.dictionaries(words, words, max_size=2),
+        "retention": st.sampled_from(["none", "soft", "reserved"]),
+        "priority": st.integers(-2, 2),
+        "ttl_s": st.sampled_from([3600.0, 7200.0]),
+    },
+)
+options = st.builds(
+    lambda kept, private: {**kept, **private},
+    touches,
+    st.fixed_dictionaries({}, optional={"private": st.booleans()}),
+)
+UNSAID = {"metadata": {}, "retention": "soft", "priority": 0, "private": False}
+"""What options are where nobody gave them."""
 numbers = itertools.count()
 """Of keys and calls: a server outlives a machine, and remembers its keys."""
 slots = picks = st.integers(0, 999)
@@ -281,9 +297,9 @@ class SessionRules(RuleBasedStateMachine):
         for each in systems:
             self.add_opened(each, [], False)
 
-    @rule(system=st.none() | words, said=st.just([]) | users, key=keyed)
-    def open(self, system: str | None, said: list[Said], key: bool) -> None:
-        self.add_opened(system, said, key)
+    @rule(system=st.none() | words, said=st.just([]) | users, key=keyed, kept=options)
+    def open(self, system: str | None, said: list[Said], key: bool, kept: Body) -> None:
+        self.add_opened(system, said, key, kept)
 
     @rule(calls=st.integers(1, 3), key=keyed)
     def open_with_calls(self, calls: int, key: bool) -> None:
@@ -291,9 +307,11 @@ class SessionRules(RuleBasedStateMachine):
         named = tuple((f"call-{next(numbers)}", "look", f'{{"n": {at}}}') for at in range(calls))
         self.add_opened(None, [Said("user", "look"), Said("assistant", "so", named)], key)
 
-    def add_opened(self, system: str | None, said: list[Said], key: bool) -> None:
+    def add_opened(
+        self, system: str | None, said: list[Said], key: bool, kept: Body | None = None
+    ) -> None:
         self.make_room()
-        body: Body = self.key(key)
+        body: Body = {**(kept or {}), **self.key(key)}
         if system is not None:
             body["system"] = system
         if said:
@@ -303,6 +321,7 @@ class SessionRules(RuleBasedStateMachine):
         self.reference[session] = Reference.opened(
             self.door.encode, self.door.context, system, said, rewrites=self.rewrites
         )
+        self.reference[session].options |= kept or {}
         self.keep("open", None, body, reply)
 
     def make_room(self) -> None:
@@ -546,18 +565,19 @@ class SessionRules(RuleBasedStateMachine):
 
     # ---- Versions ----
 
-    @rule(slot=slots, pick=picks, key=keyed)
-    def fork(self, slot: int, pick: int, key: bool) -> None:
+    @rule(slot=slots, pick=picks, key=keyed, kept=st.just({}) | options)
+    def fork(self, slot: int, pick: int, key: bool, kept: Body) -> None:
         session = self.pick(slot)
         reference = self.reference[session]
         version = one_of([None, None, *reference.own, 99], pick)
-        body: Body = {**({} if version is None else {"version": version}), **self.key(key)}
+        body: Body = {**({} if version is None else {"version": version}), **kept, **self.key(key)}
         got = self.tried("fork", session, body)
         number = reference.tip.number if version is None else version
         forked = self.expected(lambda: reference.fork(number), got)
         if forked is None:
             return
         self.keep("fork", session, body, got)
+        forked.options |= kept
         self.reference[got["id"]] = forked
         self.make_room()
 
@@ -603,12 +623,12 @@ class SessionRules(RuleBasedStateMachine):
             body["through"] = through
         self.changed(session, "edit", body, lambda: reference.edited(after, through, new))
 
-    @rule(slot=slots, metadata=st.dictionaries(words, words, max_size=2))
-    def touch(self, slot: int, metadata: dict[str, str]) -> None:
+    @rule(slot=slots, kept=touches)
+    def touch(self, slot: int, kept: Body) -> None:
         session = self.pick(slot)
-        got = self.call("touch", session, metadata=metadata)
-        self.reference[session].options["metadata"] = metadata
-        assert got["metadata"] == metadata
+        got = self.call("touch", session, **kept)
+        self.reference[session].options |= kept
+        assert {name: got[name] for name in kept} == kept
 
     @rule(slot=slots, key=keyed)
     def move(self, slot: int, key: bool) -> None:
@@ -674,7 +694,8 @@ class SessionRules(RuleBasedStateMachine):
         found = (view["version"], view["tokens"])
         assert found == (tip.number, len(tip.tokens)), found
         assert view["messages"] == len(tip.said)
-        assert view["metadata"] == reference.options.get("metadata", {})
+        kept = {**UNSAID, **reference.options}
+        assert {name: view[name] for name in kept} == kept
         assert not view["busy"]
         found = self.call("messages", session)
         for name, messages in (("messages", tip.said), ("pending", tip.pending)):

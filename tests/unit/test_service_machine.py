@@ -31,7 +31,7 @@ from session_rules import (
 )
 
 from stateful_sglang.api.errors import from_validation
-from stateful_sglang.api.native import changes, forms, schemas
+from stateful_sglang.api.native import changes, forms, schemas, sessions
 from stateful_sglang.service import turns
 from stateful_sglang.service.commands import Caller, ListSessions
 from stateful_sglang.service.service import Limits, SessionService
@@ -158,7 +158,8 @@ class ServiceDoor:
                 command = changes.IngestBody.model_validate_json(sent).to_command()
                 return forms.ingested_form(await service.ingest(ME, session, command))
             case "fork":
-                command = changes.ForkBody.model_validate_json(sent).to_command(None)
+                asked = changes.ForkBody.model_validate_json(sent)
+                command = asked.to_command(await sessions._options(service, ME, session))
                 return forms.session_form(await service.fork(ME, session, command))
             case "rollback":
                 command = changes.RollbackBody.model_validate_json(sent).to_command()
