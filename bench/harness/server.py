@@ -55,15 +55,15 @@ def free_port() -> int:
 
 
 def serve(
-    *arguments: str, env: Mapping[str, str] | None = None
+    *arguments: str, env: Mapping[str, str] | None = None, port: int | None = None
 ) -> contextlib.AbstractContextManager[Server]:
     """Run ``python -m stateful_sglang.launch`` with ``arguments`` while the context lasts.
 
     Raises:
         ServerDiedError: It did not become healthy.
     """
-    own = apart(arguments)
-    return serve_command(sys.executable, "-m", "stateful_sglang.launch", *arguments, *own, env=env)
+    command = (sys.executable, "-m", "stateful_sglang.launch", *arguments, *apart(arguments))
+    return serve_command(*command, env=env, port=port)
 
 
 def apart(arguments: Sequence[str]) -> tuple[str, ...]:
@@ -87,19 +87,21 @@ def serve_command(
     env: Mapping[str, str] | None = None,
     folder: Path | None = None,
     timeout_s: float = START_TIMEOUT_S,
+    port: int | None = None,
 ) -> Iterator[Server]:
     """Run a server while the context lasts: one that takes ``--port`` and answers ``/health``.
 
     Args:
-        command: Without its port, which is chosen here.
+        command: Without its port.
         env: Added to this process's environment.
         folder: Where it runs; by default here.
         timeout_s: Longest wait for the first healthy answer.
+        port: Where it listens; None: chosen here.
 
     Raises:
         ServerDiedError: It did not become healthy.
     """
-    port = free_port()
+    port = port or free_port()
     log = Path(tempfile.mkstemp(prefix="stateful-sglang-", suffix=".log")[1])
     began = time.monotonic()
     with log.open("wb") as sink:
