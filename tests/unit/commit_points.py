@@ -19,7 +19,7 @@ from typing import Any
 from engine_double import EngineDouble
 
 from stateful_sglang.service.commits import Committer
-from stateful_sglang.service.idempotency import InFlight
+from stateful_sglang.service.idempotency import KeyedWork
 from stateful_sglang.service.turns import RunningTurn
 from stateful_sglang.session.journal import files, writer
 from stateful_sglang.session.journal.sqlite import SqliteJournal
@@ -129,7 +129,7 @@ def _driver(_: Death, __: Path) -> None:
 
 
 POINTS: Mapping[str, Install] = {
-    "its key was looked up": _after(InFlight, "join"),
+    "its key was looked up": _after(KeyedWork, "join"),
     "sent to the engine": _before(EngineDouble, "run"),
     "some of the answer was read": _after(RunningTurn, "_publish"),
     "the answer is complete": _before(Committer, "commit"),

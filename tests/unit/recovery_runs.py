@@ -20,8 +20,9 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,9 +36,13 @@ from recovery_script import LANES, OPERATIONS, Client, lane
 
 from stateful_sglang.service.commands import ListSessions
 from stateful_sglang.service.service import SessionService
+from stateful_sglang.session.errors import SessionError
 from stateful_sglang.session.journal.sqlite import SqliteJournal
 
 MOST_SCRIPTS = 24
+MEMORY = Path("/dev/shm")
+"""Where journals are, if there is such a thing: what a process has written outlives it there too,
+and a sync takes no time."""
 
 
 async def whole(seed: int, tell: Tell) -> None:
@@ -91,7 +96,7 @@ class Findings:
 
     def add(self, kind: str, note: str) -> None:
         self.counts[kind] += 1
-        self.notes.append(f"{kind}: {note}"[:600])
+        self.notes.append(f"{kind}: {note[-600:]}")
 
 
 async def look(
@@ -102,7 +107,10 @@ async def look(
     findings = Findings()
     for number in range(LANES):
         acked = {each["ack"][1]: each for each in told if each.get("ack", [-1])[0] == number}
-        await _look_at_lane(service, seed, number, acked, twin[number], findings)
+        try:
+            await _look_at_lane(service, seed, number, acked, twin[number], findings)
+        except Exception:
+            findings.add("wrong", traceback.format_exc())
     total = (await service.list(ME, ListSessions())).total
     expected = sum(len(each["seen"]) for each in twin)
     if total != expected:
@@ -126,7 +134,11 @@ async def _look_at_lane(
     for at, each in acked.items():
         if each["answer"] != twin["answers"][at]:
             findings.add("wrong", f"{ops[at]} before the kill: {each['answer']}")
-    found = [(await client.seen(which))["commits"] for which in range(len(client.ids))]
+    try:
+        found = [(await client.seen(which))["commits"] for which in range(len(client.ids))]
+    except SessionError as error:
+        findings.add("lost", f"a session: {error}")
+        return
     for at in acked:
         op, version = ops[at], str(twin["answers"][at]["version"])
         if op.kind in ("append", "ingest", "edit"):
@@ -162,7 +174,9 @@ class Run(NamedTuple):
     notes: list[str]
 
 
-def runs(kills: int, folder: Path, library: Path | None, seed: int = 0) -> Iterator[Run]:
+def runs(
+    kills: int, folder: Path, library: Path | None, seed: int = 0, wanted: Sequence[str] = ()
+) -> Iterator[Run]:
     """Kill so many processes, at every point in turn.
 
     Args:
@@ -170,9 +184,10 @@ def runs(kills: int, folder: Path, library: Path | None, seed: int = 0) -> Itera
         folder: For their journals.
         library: What stands before the disk, preloaded; None: points there are left out.
         seed: Of what is chosen at random.
+        wanted: Points; all if none.
     """
     rng = random.Random(seed)
-    points = [name for name in POINTS if library is not None or name not in AT_THE_DISK]
+    points = [name for name in wanted or POINTS if library is not None or name not in AT_THE_DISK]
     twins = [_twin(script) for script in range(min(MOST_SCRIPTS, 1 + kills // 30))]
     path = folder / "run.sqlite3"
     done = 0
@@ -217,6 +232,7 @@ def main() -> None:
     """Run what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=2000)
+    parser.add_argument("--point", action="append", choices=[*POINTS], help="all if none")
     parser.add_argument("--disk-runs", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True)
@@ -230,39 +246,41 @@ def main() -> None:
     else:
         library, place = place, place.parent
     try:
-        told = measure(asked.kills, asked.disk_runs, place, library, asked.seed)
+        with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+            told = measure(asked, Path(folder), library)
     finally:
         shutil.rmtree(place)
     asked.json.write_text(json.dumps(told, indent=1) + "\n")
 
 
-def measure(
-    kills: int, disk_runs_: int, place: Path, library: Path | None, seed: int
-) -> dict[str, Any]:
+def measure(asked: argparse.Namespace, place: Path, library: Path | None) -> dict[str, Any]:
     """Figures of kills and of failing disks, and where they come from."""
     wrong, points, disk = Counter[str](), Counter[str](), Counter[str]()
     notes: list[str] = []
     published = 0
     began = time.monotonic()
-    for number, run in enumerate(runs(kills, place, library, seed), 1):
+    killed = runs(asked.kills, place, library, asked.seed, asked.point or ())
+    for number, run in enumerate(killed, 1):
         points[run.point] += 1
         wrong.update(run.wrong)
         notes += run.notes
         published += run.published
         if number % 100 == 0:
-            print(f"{number} kills, found: {dict(wrong)}", file=sys.stderr, flush=True)
+            left = (time.monotonic() - began) / number * (asked.kills - number) / 60
+            said = f"{number}/{asked.kills} kills, found: {dict(wrong)}, about {left:.1f} min left"
+            print(said, file=sys.stderr, flush=True)
     kills_s = time.monotonic() - began
     if library is not None:
-        for counts, said in disk_runs.runs(disk_runs_, place, library):
+        for counts, errors in disk_runs.runs(asked.disk_runs, place, library):
             disk.update(counts)
-            notes += said
+            notes += errors
     kinds = ("lost", "duplicated", "wrong")
     figures = {
         "point_kills": points.total(),
         "point_published": published,
         **{f"point_{kind}": wrong[kind] for kind in kinds},
         "point_s": round(kills_s, 1),
-        "disk_runs": disk_runs_ if library is not None else 0,
+        "disk_runs": asked.disk_runs if library is not None else 0,
         **{f"disk_{kind}": count for kind, count in disk.items()},
     }
     return {"figures": figures, "points": points, "notes": notes[:100]}

@@ -17,7 +17,7 @@ import commit_points
 import pytest
 
 HERE = Path(__file__).parent
-KILLS = int(os.environ.get("RECOVERY_KILLS", "0")) or 2 * len(commit_points.POINTS)
+KILLS = int(os.environ.get("RECOVERY_KILLS", "0")) or 4 * len(commit_points.POINTS)
 DISK_RUNS = int(os.environ.get("RECOVERY_DISK_RUNS", "3"))
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and preloads a library")
@@ -64,26 +64,35 @@ def test_a_failing_disk_is_told_as_507_and_what_was_refused_is_not_found(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("kind", "fault"),
+    ("kind", "point", "fault"),
     [
         (
             "lost",
+            "answered",
             # Answered before it is recorded.
             "async def change(self, run, *, change=SqliteJournal._change, **options):\n"
-            "    asyncio.ensure_future(change(self, run, **options))\n"
-            "    await asyncio.sleep(0)\n"
+            "    async def later():\n"
+            "        await asyncio.sleep(0.05)\n"
+            "        await change(self, run, **options)\n"
+            "    asyncio.ensure_future(later())\n"
             "SqliteJournal._change = change\n",
         ),
         (
             "duplicated",
+            "before the answer",
             # Keys are not looked up.
             "async def result(self, *key): return None\nSqliteJournal.result = result\n",
         ),
     ],
+    ids=["answered before it is recorded", "keys not looked up"],
 )
-def test_a_journal_with_a_fault_is_found_out(tmp_path: Path, kind: str, fault: str) -> None:
+def test_a_journal_with_a_fault_is_found_out(
+    tmp_path: Path, kind: str, point: str, fault: str
+) -> None:
     before = (
         f"import asyncio\nfrom stateful_sglang.session.journal.sqlite import SqliteJournal\n{fault}"
     )
-    told = measured(tmp_path, "--kills", "60", "--disk-runs", "0", before=before)
-    assert told["figures"][f"point_{kind}"] > 0
+    told = measured(
+        tmp_path, *("--kills", "10", "--point", point, "--disk-runs", "0"), before=before
+    )
+    assert told["figures"][f"point_{kind}"] > 0, told["notes"]
