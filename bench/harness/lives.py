@@ -14,8 +14,7 @@ import psutil  # type: ignore[import-untyped]
 from bench.harness import http
 from bench.harness.server import Server, free_port, serve
 
-Process = Literal["api", "scheduler", "detokenizer"]
-PROCESSES: tuple[Process, ...] = ("api", "scheduler", "detokenizer")
+Process = Literal["api", "scheduler", "detokenizer", "supervisor"]
 _TIMEOUT_S = 300.0
 _POLL_S = 0.1
 
@@ -35,8 +34,14 @@ class Lives:
         self._port = free_port()
         self._life = contextlib.ExitStack()
         self._server: Server | None = None
-        self._supervised = False
+        self._supervised = self._comes_back = False
         self.url = f"http://127.0.0.1:{self._port}"
+
+    @property
+    def processes(self) -> tuple[Process, ...]:
+        """Those that `kill` can find."""
+        supervisor: tuple[Process, ...] = ("supervisor",) if self._supervised else ()
+        return ("api", "scheduler", "detokenizer", *supervisor)
 
     def start(self, *, supervised: bool = False) -> float:
         """Start it; seconds until it was healthy.
@@ -55,6 +60,7 @@ class Lives:
         """Kill one of its processes with SIGKILL, and wait until the server is gone."""
         api = self._api()
         self._find(which).kill()
+        self._comes_back = self._supervised and which != "supervisor"
         try:
             api.wait(_TIMEOUT_S)
         except psutil.TimeoutExpired:
@@ -63,11 +69,11 @@ class Lives:
     def revive(self) -> float:
         """After a kill: seconds until it is healthy again."""
         began = time.monotonic()
-        if self._supervised:
+        if self._comes_back:
             self.wait_healthy()
         else:
             self.stop()
-            self.start()
+            self.start(supervised=self._supervised)
         return time.monotonic() - began
 
     def wait_healthy(self) -> None:
@@ -101,6 +107,8 @@ class Lives:
         process = psutil.Process(self._server.pid)
         if not self._supervised:
             return process
+        # Between a crash and the next life the supervisor has no child.
+        self.wait_healthy()
         (api,) = process.children()
         return api
 
@@ -108,6 +116,8 @@ class Lives:
         api = self._api()
         if which == "api":
             return api
+        if which == "supervisor":
+            return api.parent()
         found = [
             process
             for process in api.children(recursive=True)

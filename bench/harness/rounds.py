@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -32,6 +33,19 @@ def alone(lock: Path) -> Iterator[None]:
 def say(text: str) -> None:
     """Tell how far a bench is, beside its results: on standard error."""
     Console(stderr=True, highlight=False).print(text, markup=False)
+
+
+class Left:
+    """Says how long what is left takes, if it takes what has been done took."""
+
+    def __init__(self, of: int) -> None:
+        self._of = of
+        self._began = time.monotonic()
+
+    def after(self, done: int) -> str:
+        """Once so many are done."""
+        seconds = (time.monotonic() - self._began) / done * max(0, self._of - done)
+        return f"{done}/{self._of}, about {seconds / 60:.1f} min left"
 
 
 def progress(items: Sequence[T], what: str) -> Iterator[T]:

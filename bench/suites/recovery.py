@@ -30,20 +30,20 @@ from typing import Annotated, Any
 import typer
 
 from bench import corpus
-from bench.engines.insisting import Played, Player, Tally, script
+from bench.engines import package
+from bench.engines.insisting import TURNS, Played, Player, Tally, script
+from bench.engines.operations import Operations
 from bench.harness import http
 from bench.harness.command import run
 from bench.harness.figures import Figure, report
-from bench.harness.lives import PROCESSES, Lives
+from bench.harness.lives import Lives
 from bench.harness.options import Json, Seed, ServerArguments
-from bench.harness.rounds import say
-from bench.workloads.prompts import random_ids
+from bench.harness.rounds import Left, say
+from bench.workloads.exported import Pieces, session
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS, CLIENTS = 6, 2
 LONG, LONG_CONTEXT = 20_000, 24_576
-VOCABULARY = 49_152
-"""Of the embedded model."""
 _ARGUMENTS = ("--context-length", "8192", "--max-total-tokens", "30000", "--keys", "off")
 
 
@@ -59,7 +59,7 @@ def killed_server(
     with Lives(journal, (*_ARGUMENTS, "--dtype", "float32", *arguments)) as server:
         server.start()
 
-        def session(number: int, name: str) -> Played:
+        def fresh(number: int, name: str) -> Played:
             return Played(number, script(texts, seed + number), name)
 
         def play_on(client: int) -> None:
@@ -67,19 +67,19 @@ def killed_server(
             count = 0
             while not over.is_set():
                 number = (client + count) % SCRIPTS
-                fresh = session(number, f"{client}-{count}")
-                played.append(fresh)
-                player.play(fresh, twins[number])
+                played.append(fresh(number, f"{client}-{count}"))
+                player.play(played[-1], twins[number])
                 count += 1
             player.close()
 
         twin_tally = Tally()
         player = Player(server.url, twin_tally, server.wait_healthy)
-        twins = [player.play(session(number, f"twin-{number}")) for number in range(SCRIPTS)]
+        twins = [player.play(fresh(number, f"twin-{number}")) for number in range(SCRIPTS)]
         assert not twin_tally.interrupted, "the twins were interrupted"
         say(f"{len(twins)} twins of {len(twins[0].answers)} turns")
         with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
             playing = [pool.submit(play_on, client) for client in range(CLIENTS)]
+            left = Left(kills)
             try:
                 for number in range(kills):
                     if number == kills - kills // 8:
@@ -88,13 +88,13 @@ def killed_server(
                     until = time.monotonic() + rng.uniform(0.5, 8)
                     while time.monotonic() < until and not any(each.done() for each in playing):
                         time.sleep(0.05)
-                    which = PROCESSES[number % len(PROCESSES)]
+                    which = server.processes[number % len(server.processes)]
                     server.kill(which)
                     restarts.append(server.revive())
                     answered = sum(len(each.answers) for each in played)
                     say(
-                        f"kill {number + 1}: {which}, back in {restarts[-1]:.0f} s; {answered} "
-                        f"turns, {tally.interrupted} interrupted"
+                        f"kill {left.after(number + 1)}: {which}, back in {restarts[-1]:.0f} s; "
+                        f"{answered} turns, {tally.interrupted} interrupted"
                     )
                     if any(each.done() for each in playing):
                         break
@@ -118,41 +118,29 @@ def killed_server(
     }, [*tally.notes, *twin_tally.notes]
 
 
-def long_session(rounds: int, seed: int, folder: Path, arguments: Sequence[str]) -> list[float]:
+def long_session(rounds: int, folder: Path, arguments: Sequence[str]) -> list[float]:
     """Seconds to the first token of the next turn of a long session, after each of some kills."""
-    rng = random.Random(seed)
     sizes = ("--context-length", str(LONG_CONTEXT), "--max-total-tokens", "40000", "--keys", "off")
     # The embedded model is made for 8,192: what it says beyond is of no matter here.
     env = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    pieces = Pieces(package.default_model() / "tokenizer.json", LONG // TURNS)
     times = []
     with Lives(folder / "long.sqlite3", (*sizes, *arguments), **env) as server:
         server.start()
-        with http.client(server.url) as client:
-            opened = client.post("/v1/sessions", json={}).raise_for_status().json()["id"]
-            path = f"/v1/sessions/{opened}/append"
-            history = random_ids(rng, LONG, VOCABULARY)
-            _first_token_s(client, path, history)
+        with http.client(server.url, timeout_s=1200) as client:
+            sessions = Operations(client)
+            empty = sessions.export(sessions.open().reply["id"]).reply
+            # Taken in, so that only what comes after a kill is computed.
+            long = sessions.take_in(session(empty, pieces, 0, TURNS, {})).reply["id"]
             for _ in range(rounds):
                 server.kill("api")
                 server.revive()
-                times.append(_first_token_s(client, path, random_ids(rng, 20, VOCABULARY)))
+                turn = sessions.append(long, 1, messages=[{"role": "user", "content": "And now?"}])
+                if turn.computed < LONG:
+                    raise RuntimeError(f"only {turn.computed} tokens were computed after a restart")
+                times.append(turn.ttft_s)
                 say(f"a session of {LONG} tokens: first token after {times[-1]:.2f} s")
     return times
-
-
-def _first_token_s(client: Any, path: str, ids: list[int]) -> float:
-    """Seconds to the first text, or to the answer's end where it has none."""
-    sampling = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
-    body = {"input_ids": ids, "sampling": sampling, "stream": True}
-    began, first = time.monotonic(), 0.0
-    with client.stream("POST", path, json=body) as reply:
-        reply.raise_for_status()
-        for line in reply.iter_lines():
-            if line.startswith("event: "):
-                first = first or time.monotonic() - began
-                if line == "event: error":
-                    raise RuntimeError("the turn of the long session failed")
-    return first
 
 
 def points(kills: int, disk_runs: int, seed: int, folder: Path) -> dict[str, Any]:
@@ -196,7 +184,7 @@ def main(
             figures = found | figures
             details["notes"] += notes
         if long_rounds:
-            times = long_session(long_rounds, seed, folder, more)
+            times = long_session(long_rounds, folder, more)
             figures["recover_ttft_s_20k"] = round(statistics.median(times), 3)
             details["recover_ttft_s"] = times
     report(figures, json, **details)
