@@ -56,6 +56,7 @@ def settle(options: Options, theirs: list[str]) -> tuple[Any, Options]:
     address.check(given)
     isolation.check(given, options)
     added |= address.default(given)
+    suit.for_crashes(given)
     report = ""
     if prepared.cpu_engine and given.get("device", "cpu") == "cpu":
         report = suit.for_cpu(

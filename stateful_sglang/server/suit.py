@@ -96,6 +96,17 @@ def build_kernels() -> None:
             extension.build(lambda line: print(line, file=sys.stderr, flush=True))
 
 
+def for_crashes(given: Mapping[str, Any]) -> None:
+    """Have SGLang wait for no core dump of a GPU that can't be written.
+
+    When one of its processes dies and a scheduler lives, its API process would wait a minute for
+    one, deaf to everybody, before it ends and can be started again.
+    """
+    asked = os.environ.get("CUDA_ENABLE_USER_TRIGGERED_COREDUMP") == "1"
+    if not asked and not given.get("crash_dump_folder"):  # with a folder SGLang asks for dumps
+        os.environ.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "0")
+
+
 def for_sessions(options: Options, given: Mapping[str, Any], added: dict[str, Setting]) -> None:
     """Add what sessions and drafts need SGLang to be told.
 

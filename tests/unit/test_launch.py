@@ -189,6 +189,37 @@ def test_cpu_settings_leave_alone_what_was_given(
     assert "2000" in report
 
 
+@pytest.mark.parametrize(
+    ("dumps", "wanted", "folder", "waits"),
+    [
+        (None, None, None, False),
+        ("0", None, None, False),
+        ("1", None, None, True),
+        (None, None, "/dumps", True),
+        (None, "1", None, True),
+    ],
+)
+def test_a_crashed_server_waits_only_for_a_core_dump_that_can_be_written(
+    dumps: str | None,
+    wanted: str | None,
+    folder: str | None,
+    waits: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sglang.srt.environ import envs
+
+    asked = {
+        "CUDA_ENABLE_USER_TRIGGERED_COREDUMP": dumps,
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": wanted,
+    }
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value or "")
+        if value is None:
+            monkeypatch.delenv(name)
+    suit.for_crashes({"crash_dump_folder": folder})
+    assert envs.SGLANG_CUDA_COREDUMP_BEFORE_CRASH.get() is waits
+
+
 def test_sessions_bring_their_tree_and_their_drafts() -> None:
     added: dict[str, suit.Setting] = {}
     suit.for_sessions(Options(stateful=True, max_draft=6), {}, added)
