@@ -6,7 +6,7 @@ request appends to the same session, every second one with ``on_busy: fail``. Wh
 that were a conflict (409), any other refusal, and what was left a second after a round of leaving
 clients: requests in the scheduler, busy sessions, KV that somebody still holds or that is lost.
 
-    python -m bench leave --leaves 1000 --json leave.json
+    python -m bench.suites.leave --leaves 1000 --json leave.json
 """
 
 from __future__ import annotations

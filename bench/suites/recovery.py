@@ -2,13 +2,15 @@
 
 Three parts. A real server is killed (`kill -9`) at random moments, its API process, scheduler and
 detokenizer in turn, while clients play sessions of twenty turns and ask again under their keys
-whatever they got no answer to; the last kills are under ``--restart on-crash``. In float32, where
-recomputing a transcript gives the tokens that decoding it gave, each turn is held against that of a
-twin which nobody interrupted. Then the service and the journal alone are killed at every named
+whatever they got no answer to; the last kills are under ``--restart on-crash``, the supervisor's
+own among them. In float32, where recomputing a transcript gives the tokens that decoding it gave,
+each turn is held against that of a twin which nobody interrupted. The model is the embedded one's
+first layers, so that starts are short. Then the service and the journal alone are killed at every named
 point of a change, and their disk made to fail (`tests/unit/recovery_runs.py`). Last a session of
-20,000 tokens: from asking for its next turn after a restart to the first token.
+20,000 tokens, with the whole model: from asking for its next turn after a restart to the first
+token, the time to recompute the session.
 
-    python -m bench recovery --kills 40 --in-process 2000 --json recovery.json
+    python -m bench.suites.recovery --kills 40 --in-process 2000 --json recovery.json
 """
 
 from __future__ import annotations
@@ -160,6 +162,9 @@ def points(kills: int, disk_runs: int, seed: int, folder: Path) -> dict[str, Any
 
 def main(
     kills: Annotated[int, typer.Option(min=0, help="Of the real server.")] = 40,
+    layers: Annotated[
+        int, typer.Option(min=1, max=30, help="Of the embedded model's, while it is killed.")
+    ] = 4,
     in_process: Annotated[
         int, typer.Option(min=0, help="Kills of service and journal at named points.")
     ] = 2000,
@@ -180,7 +185,8 @@ def main(
             figures |= told["figures"]
             details |= {"points": told["points"], "notes": told["notes"]}
         if kills:
-            found, notes = killed_server(kills, seed, folder, more)
+            cut = ("--json-model-override-args", jsonlib.dumps({"num_hidden_layers": layers}))
+            found, notes = killed_server(kills, seed, folder, (*cut, *more))
             figures = found | figures
             details["notes"] += notes
         if long_rounds:
