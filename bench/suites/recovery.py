@@ -5,9 +5,9 @@ detokenizer in turn, while clients play sessions of twenty turns and ask again u
 whatever they got no answer to; the last kills are under ``--restart on-crash``, the supervisor's
 own among them. In float32, where recomputing a transcript gives the tokens that decoding it gave,
 each turn is held against that of a twin which nobody interrupted. The model is the embedded one's
-first layers, so that starts are short. Then the service and the journal alone are killed at every named
-point of a change, and their disk made to fail (`tests/unit/recovery_runs.py`). Last a session of
-20,000 tokens, with the whole model: from asking for its next turn after a restart to the first
+first layers, so that starts are short. Then the service and the journal alone are killed at every
+named point of a change, and their disk made to fail (`tests/unit/recovery_runs.py`). Last a session
+of 20,000 tokens, with the whole model: from asking for its next turn after a restart to the first
 token, the time to recompute the session.
 
     python -m bench.suites.recovery --kills 40 --in-process 2000 --json recovery.json
@@ -87,7 +87,7 @@ def killed_server(
                     if number == kills - kills // 8:
                         server.stop()
                         server.start(supervised=True)
-                    until = time.monotonic() + rng.uniform(0.5, 8)
+                    until = time.monotonic() + rng.uniform(0.2, 4)
                     while time.monotonic() < until and not any(each.done() for each in playing):
                         time.sleep(0.05)
                     which = server.processes[number % len(server.processes)]
