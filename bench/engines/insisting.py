@@ -40,6 +40,8 @@ class Answer(NamedTuple):
     version: int
     text: str
     ids: tuple[int, ...]
+    history: int
+    """Tokens that it continued."""
 
 
 def script(texts: Sequence[str], seed: int) -> list[Said]:
@@ -111,7 +113,7 @@ class Player:
                 self._tally.interrupted += 1
                 self._hold_to_one(session, number, answer)
             session.answers.append(answer)
-            if twin is not None and answer.ids != twin.answers[number].ids:
+            if twin is not None and answer != twin.answers[number]:
                 self._tally.wrong += 1
                 self._tally.wrong_after_recovery += session.interrupted > 0
                 self._tally.note(
@@ -177,7 +179,12 @@ class Player:
         }
         path = f"/v1/sessions/{session.id}/append"
         turn = self._stream(path, body) if said.stream else self._post(path, body)
-        return Answer(turn["version"], turn["message"]["content"], tuple(turn["output_ids"]))
+        return Answer(
+            turn["version"],
+            turn["message"]["content"],
+            tuple(turn["output_ids"]),
+            turn["usage"]["history_tokens"],
+        )
 
     def _post(self, path: str, body: Any) -> Any:
         return _told(self._client.post(path, json=body))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -36,14 +37,16 @@ def say(text: str) -> None:
 
 
 class Left:
-    """Says how long what is left takes, if it takes what has been done took."""
+    """Says how long what is left takes, if it takes what has been done took; from any thread."""
 
     def __init__(self, of: int) -> None:
         self._of = of
+        self._done = itertools.count(1)
         self._began = time.monotonic()
 
-    def after(self, done: int) -> str:
-        """Once so many are done."""
+    def one_more(self) -> str:
+        """Once one more is done."""
+        done = next(self._done)
         seconds = (time.monotonic() - self._began) / done * max(0, self._of - done)
         return f"{done}/{self._of}, about {seconds / 60:.1f} min left"
 

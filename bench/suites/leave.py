@@ -29,7 +29,7 @@ from bench.harness import http
 from bench.harness.command import run
 from bench.harness.figures import report
 from bench.harness.options import Json, Seed, ServerArguments
-from bench.harness.rounds import say
+from bench.harness.rounds import Left, say
 from bench.harness.server import serve
 
 _ARGUMENTS = ("--context-length", "8192", "--max-total-tokens", "30000", "--keys", "off")
@@ -129,9 +129,12 @@ def main(
             concurrent.futures.ThreadPoolExecutor(clients) as pool,
         ):
             lanes = [Lane(client, random.Random(f"{seed} {n}"), texts) for n in range(clients)]
-            rounds = 0
+            rounds, time_left = 0, Left(-(-leaves // clients))
             while found["leaves"] < leaves:
-                for each in [pool.submit(lane.once) for lane in lanes]:
+                running = [pool.submit(lane.once) for lane in lanes]
+                time.sleep(_LONGEST_S / 4)
+                found["busy_points"] += left_over(client)["requests"] > 0
+                for each in running:
                     each.result()
                 time.sleep(QUIET_S)
                 left = +left_over(client)
@@ -139,13 +142,16 @@ def main(
                 kinds += left
                 rounds += 1
                 found["leaves"] = sum(lane.found["leaves"] for lane in lanes)
+                still = time_left.one_more()
                 if rounds % 10 == 0:
                     totals: Counter[str] = sum((lane.found for lane in lanes), Counter())
-                    say(f"{found['leaves']} leaves: {dict(totals)}, left over: {dict(kinds)}")
+                    say(f"round {still}: {dict(totals)}, left over: {dict(kinds)}")
     totals = sum((lane.found for lane in lanes), Counter())
     names = ("leaves", "conflicts", "refused", "finished", "too_late", "wrong_versions")
     figures: dict[str, Any] = {name: totals[name] for name in names}
     figures |= {"zombies": found["zombies"], "quiet_points": rounds}
+    # How often the same questions, asked while turns ran, told of some: zombies would be told too.
+    figures["busy_points"] = found["busy_points"]
     notes = [note for lane in lanes for note in lane.notes]
     report(figures, json, left_over=kinds, notes=notes[:100])
     for note in notes[:20]:
