@@ -127,6 +127,8 @@ class Player:
         for number, answer in enumerate(session.answers):
             path = f"/v1/sessions/{session.id}/messages"
             reply = self._client.get(path, params={"version": answer.version})
+            if reply.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+                raise RefusedError(reply.text)
             messages = reply.json()["messages"] if reply.is_success else []
             texts = [message["content"] for message in messages]
             expected = [

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import random
 import shutil
@@ -237,6 +238,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True)
     asked = parser.parse_args()
+    logging.disable()  # of failures that are made
     preloaded = os.environ.get("LD_PRELOAD")
     place = Path(tempfile.mkdtemp() if preloaded is None else preloaded)
     library: Path | None
