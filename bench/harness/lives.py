@@ -66,14 +66,18 @@ class Lives:
         except psutil.TimeoutExpired:
             raise RuntimeError(f"the server lives on without its {which}") from None
 
-    def revive(self) -> float:
-        """After a kill: seconds until it is healthy again."""
+    def revive(self, *, supervised: bool = False) -> float:
+        """After a kill: seconds until it is healthy again.
+
+        Args:
+            supervised: Where it does not come back by itself, from now on it does.
+        """
         began = time.monotonic()
         if self._comes_back:
             self.wait_healthy()
         else:
             self.stop()
-            self.start(supervised=self._supervised)
+            self.start(supervised=supervised)
         return time.monotonic() - began
 
     def wait_healthy(self) -> None:

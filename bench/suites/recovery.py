@@ -56,17 +56,17 @@ _ARGUMENTS = (
 
 
 def killed_servers(
-    kills: int, seed: int, folder: Path, arguments: Sequence[str]
+    kills: int, minutes: float, seed: int, folder: Path, arguments: Sequence[str]
 ) -> tuple[dict[str, Figure], list[str]]:
-    """Kill real servers so often while sessions are played."""
+    """Kill real servers so often while sessions are played, or for so long if that is shorter."""
+    until = time.monotonic() + 60 * minutes
     shares = [len(range(number, kills, SERVERS)) for number in range(min(SERVERS, kills))]
     texts, left = corpus.excerpts(40), Left(kills)
 
     def one(number: int, share: int) -> Killed:
         journal = folder / f"killed-{number}.sqlite3"
-        return killed_server(
-            share, random.Random(f"{seed} {number}"), texts, journal, left, arguments
-        )
+        rng = random.Random(f"{seed} {number}")
+        return killed_server(share, until, rng, texts, journal, left, arguments)
 
     with concurrent.futures.ThreadPoolExecutor(SERVERS) as pool:
         done = [each.result() for each in [pool.submit(one, *each) for each in enumerate(shares)]]
@@ -90,6 +90,7 @@ class Killed(NamedTuple):
 
 def killed_server(
     kills: int,
+    until: float,
     rng: random.Random,
     texts: Sequence[str],
     journal: Path,
@@ -126,22 +127,19 @@ def killed_server(
             playing = [pool.submit(play_on, client) for client in range(CLIENTS)]
             try:
                 for number in range(kills):
-                    if number == kills - kills // 4:
-                        server.stop()
-                        server.start(supervised=True)
-                    until = time.monotonic() + rng.uniform(0.2, 4)
-                    while time.monotonic() < until and not any(each.done() for each in playing):
+                    moment = time.monotonic() + rng.uniform(0.2, 4)
+                    while time.monotonic() < moment and not any(each.done() for each in playing):
                         time.sleep(0.05)
                     which = server.processes[number % len(server.processes)]
                     server.kill(which)
-                    restarts.append(server.revive())
+                    supervised = number + 1 >= kills - kills // 4
+                    restarts.append(server.revive(supervised=supervised))
                     answered = sum(len(each.answers) for each in played)
                     say(
                         f"kill {left.one_more()}: {which}, back in {restarts[-1]:.0f} s; "
-                        f"{answered} turns of this server, {tally.interrupted} interrupted, "
-                        f"found {len(tally.notes)}"
+                        f"{answered} turns, {tally.interrupted} interrupted"
                     )
-                    if any(each.done() for each in playing):
+                    if any(each.done() for each in playing) or time.monotonic() > until:
                         break
             finally:
                 over.set()
@@ -204,6 +202,9 @@ def points(kills: int, disk_runs: int, seed: int, folder: Path) -> dict[str, Any
 
 def main(
     kills: Annotated[int, typer.Option(min=0, help="Of the real server.")] = 40,
+    minutes: Annotated[
+        float, typer.Option(help="Longest time for these; figures tell how many there were.")
+    ] = 60.0,
     layers: Annotated[
         int, typer.Option(min=1, max=30, help="Of the embedded model's, while it is killed.")
     ] = 4,
@@ -229,7 +230,7 @@ def main(
         # Nothing of these two is compared with anything else: they may run at the same time.
         pointed = beside.submit(points, in_process, disk_runs, seed, folder)
         if kills:
-            found, notes = killed_servers(kills, seed, folder, (*cut, *more))
+            found, notes = killed_servers(kills, minutes, seed, folder, (*cut, *more))
             figures |= found
             details["notes"] += notes
         told = pointed.result()
