@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from bench import suites
+from bench.harness.server import end_with_us
 
 
 class _Benches(TyperGroup):
@@ -77,6 +78,7 @@ def _options(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what the command line says; ends by `SystemExit` with the bench's exit status."""
+    end_with_us()
     app(args=argv, prog_name="python -m bench")
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import typer
 
+from bench.harness.server import end_with_us
+
 
 def run(main: Callable[..., int | None]) -> None:
     """Run a bench's `main` with the command line's options, and exit with its status."""
@@ -16,4 +18,5 @@ def run(main: Callable[..., int | None]) -> None:
     def exiting(*args: Any, **kwargs: Any) -> None:
         raise typer.Exit(main(*args, **kwargs) or 0)
 
+    end_with_us()
     typer.run(exiting)

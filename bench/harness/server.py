@@ -23,6 +23,8 @@ from bench.harness import http
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 20.0
+_RUNNING: set[int] = set()
+"""Process groups that we started and have not ended."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,18 @@ class Server:
 
 class ServerDiedError(RuntimeError):
     """The server ended, or did not get ready in time; the message ends with its log."""
+
+
+def end_with_us() -> None:
+    """Have servers end when a signal asks this process to, which would leave them behind."""
+
+    def end(number: int, _: object) -> None:
+        for group in list(_RUNNING):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def cpu_seconds(server: Server) -> float:
@@ -114,6 +128,7 @@ def serve_command(
             cwd=folder,
             start_new_session=True,
         )
+    _RUNNING.add(process.pid)
     url = f"http://127.0.0.1:{port}"
     try:
         _wait(process, url, log, began, timeout_s)
@@ -145,6 +160,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    _RUNNING.discard(process.pid)
 
 
 def _tail(log: Path, lines: int = 40) -> str:
