@@ -29,7 +29,7 @@ from bench.harness.server import Server
 pytestmark = pytest.mark.server
 
 REQUESTS_ENV = "STATEFUL_SGLANG_CONTRACT"
-OURS = r"^/v1/(sessions|tree)"
+OURS = r"^/v1/(sessions|tree|prefixes)"
 MAX_TOKENS = 3
 """Cap on what a case may generate: its time is the model's, and says nothing about the contract."""
 DOCUMENTED_5XX = frozenset({503})

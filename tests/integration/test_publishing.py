@@ -209,7 +209,7 @@ def test_a_server_that_starts_again_shares_what_was_published_with_its_first_req
     system, said = lines("the lasting prompt", 40), lines("a question", 40)
     with serving(tmp_path, server_arguments) as tenants:
         made = publish(tenants, system=system, name="lasting")
-        gone = publish(tenants, text=lines("what was removed", 40))
+        gone = publish(tenants, text=lines("what was removed", 20))
         assert tenants.ops.delete(f"/v1/prefixes/{gone['id']}").status_code == 200
     with serving(tmp_path, server_arguments) as tenants:
         assert tenants.ops.get("/v1/prefixes").json() == {"prefixes": [made]}
