@@ -163,16 +163,19 @@ class Talker:
         self._seen.left += 1
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._rng.random() ** 3):
-                await self._request("POST", self._at("append"), body)
+                await self._answer(body)
 
     async def _turn(self, body: dict[str, Any]) -> dict[str, Any] | None:
         began = time.perf_counter()
-        turn = await (
-            self._stream(body) if body["stream"] else self._post(self._at("append"), body)
-        )
+        turn = await self._answer(body)
         if turn is not None:
             self._seen.latencies.append(time.perf_counter() - began)
         return turn
+
+    async def _answer(self, body: dict[str, Any]) -> dict[str, Any] | None:
+        if body["stream"]:
+            return await self._stream(body)
+        return await self._post(self._at("append"), body)
 
     async def _stream(self, body: dict[str, Any]) -> dict[str, Any] | None:
         async with self._counted():
