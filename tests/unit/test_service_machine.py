@@ -42,7 +42,7 @@ from stateful_sglang.session.journal.sqlite import SqliteJournal
 from stateful_sglang.session.rank import RankSessions
 
 ME = Caller()
-EXAMPLES = int(os.environ.get("STATEFUL_SGLANG_MACHINE_EXAMPLES", "80"))
+EXAMPLES = int(os.environ.get("STATEFUL_SGLANG_MACHINE_EXAMPLES", "50"))
 STEPS = 50
 OUT_OF_MEMORY = {"type": "abort", "message": "Out of memory even after retracting all others"}
 
