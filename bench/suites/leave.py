@@ -37,6 +37,8 @@ LEAVES_OF_A_SESSION = 24
 """Before another takes its place, while it fits into the context."""
 QUIET_S = 1.0
 _LONGEST_S = 0.8
+KINDS = ("requests", "busy_sessions", "held_tokens")
+"""Of what is left over, those that are there while turns run."""
 _ABANDONED = {"temperature": 0.7, "max_tokens": 200, "ignore_eos": True}
 
 
@@ -98,6 +100,10 @@ class Lane:
 
 def left_over(client: httpx.Client) -> Counter[str]:
     """What somebody holds though nobody asks for anything."""
+    # The scheduler tells its load when it takes a prompt in, and when nothing is left to do: so one
+    # is told now, in which whatever runs is counted.
+    probe = {"input_ids": [1], "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
+    client.post("/generate", json=probe).raise_for_status()
     loads = client.get("/v1/loads").raise_for_status().json()["loads"]
     tree = client.get("/v1/tree").raise_for_status().json()
     busy = client.get("/v1/sessions", params={"limit": 1000}).raise_for_status().json()["sessions"]
@@ -121,6 +127,7 @@ def main(
     texts = corpus.excerpts(40)
     found: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
+    at_work: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         journal = ("--journal", str(Path(folder) / "leave.sqlite3"))
         with (
@@ -133,7 +140,7 @@ def main(
             while found["leaves"] < leaves:
                 running = [pool.submit(lane.once) for lane in lanes]
                 time.sleep(_LONGEST_S / 4)
-                found["busy_points"] += left_over(client)["requests"] > 0
+                at_work += +left_over(client)
                 for each in running:
                     each.result()
                 time.sleep(QUIET_S)
@@ -150,8 +157,8 @@ def main(
     names = ("leaves", "conflicts", "refused", "finished", "too_late", "wrong_versions")
     figures: dict[str, Any] = {name: totals[name] for name in names}
     figures |= {"zombies": found["zombies"], "quiet_points": rounds}
-    # How often the same questions, asked while turns ran, told of some: zombies would be told too.
-    figures["busy_points"] = found["busy_points"]
+    # What the same questions told while turns ran: of zombies they would tell as well.
+    figures |= {f"at_work_{name}": at_work[name] for name in KINDS}
     notes = [note for lane in lanes for note in lane.notes]
     report(figures, json, left_over=kinds, notes=notes[:100])
     for note in notes[:20]:
