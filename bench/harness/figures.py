@@ -20,10 +20,16 @@ def report(figures: Mapping[str, Figure], file: Path | None, **details: Any) -> 
     width = max(map(len, figures), default=0)
     for name, value in figures.items():
         print(f"{name:{width}} {_shown(value)}", flush=True)
+    write(figures, file, **details)
+    if file is not None:
+        print(f"written to {file}", flush=True)
+
+
+def write(figures: Mapping[str, Figure], file: Path | None, **details: Any) -> None:
+    """Write what there is so far, without a word."""
     if file is not None:
         flat = {name: value if _finite(value) else None for name, value in figures.items()}
         file.write_text(json.dumps({"figures": flat, **details}, indent=1) + "\n")
-        print(f"written to {file}", flush=True)
 
 
 def _finite(value: Figure) -> bool:

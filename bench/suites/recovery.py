@@ -38,7 +38,7 @@ from bench.engines.insisting import TURNS, Played, Player, Tally, script
 from bench.engines.operations import Operations
 from bench.harness import http
 from bench.harness.command import run
-from bench.harness.figures import Figure, report
+from bench.harness.figures import Figure, report, write
 from bench.harness.lives import Lives
 from bench.harness.options import Json, Seed, ServerArguments
 from bench.harness.rounds import Left, say
@@ -233,10 +233,12 @@ def main(
             found, notes = killed_servers(kills, minutes, seed, folder, (*cut, *more))
             figures |= found
             details["notes"] += notes
+            write(figures, json, **details)
         told = pointed.result()
         figures |= told["figures"]
         details["points"] = told["points"]
         details["notes"] += told["notes"]
+        write(figures, json, **details)
         if long_rounds:
             times = long_session(long_rounds, folder, more)
             figures["recover_ttft_s_20k"] = round(statistics.median(times), 3)
