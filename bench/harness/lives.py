@@ -12,21 +12,25 @@ import httpx
 import psutil  # type: ignore[import-untyped]
 
 from bench.harness import http
-from bench.harness.server import Server, free_port, serve
+from bench.harness.server import Server, ServerDiedError, free_port, serve
 
 Process = Literal["api", "scheduler", "detokenizer", "supervisor"]
 _TIMEOUT_S = 300.0
 _POLL_S = 0.1
+_MOST_FAILED = 5
 
 
 class Lives:
     """One server after another; as a context manager it ends the last one."""
 
-    def __init__(self, journal: Path, arguments: Sequence[str] = (), **env: str) -> None:
+    def __init__(
+        self, journal: Path, arguments: Sequence[str] = (), *, pause_s: float = 20.0, **env: str
+    ) -> None:
         """
         Args:
             journal: The file that all of them record in.
             arguments: More of the launcher's.
+            pause_s: Before another try, where it ended before it was healthy.
             env: Added to their environment.
         """
         self._arguments = (*arguments, "--journal", str(journal))
@@ -35,7 +39,10 @@ class Lives:
         self._life = contextlib.ExitStack()
         self._server: Server | None = None
         self._supervised = self._comes_back = False
+        self._pause_s = pause_s
         self.url = f"http://127.0.0.1:{self._port}"
+        self.failed_starts: list[str] = []
+        """Why those ended that were never healthy."""
 
     @property
     def processes(self) -> tuple[Process, ...]:
@@ -44,17 +51,28 @@ class Lives:
         return ("api", "scheduler", "detokenizer", *supervisor)
 
     def start(self, *, supervised: bool = False) -> float:
-        """Start it; seconds until it was healthy.
+        """Start it; seconds until it was healthy. One that ends at once is started again: others on
+        the machine may have taken the memory for a while.
 
         Args:
             supervised: It starts itself again after a kill.
+
+        Raises:
+            ServerDiedError: That happened too often.
         """
         more = ("--restart", "on-crash") if supervised else ()
         self._supervised = supervised
-        self._server = self._life.enter_context(
-            serve(*self._arguments, *more, port=self._port, env=self._env)
-        )
-        return self._server.start_s
+        while True:
+            try:
+                life = serve(*self._arguments, *more, port=self._port, env=self._env)
+                self._server = self._life.enter_context(life)
+            except ServerDiedError as error:
+                self.failed_starts.append(str(error))
+                if len(self.failed_starts) > _MOST_FAILED:
+                    raise
+                time.sleep(self._pause_s)
+            else:
+                return self._server.start_s
 
     def kill(self, which: Process) -> None:
         """Kill one of its processes with SIGKILL, and wait until the server is gone."""

@@ -50,7 +50,7 @@ LONG, LONG_CONTEXT = 20_000, 24_576
 SERVERS = 2
 """At once: most of a start is one thread's work."""
 _ARGUMENTS = (
-    *("--context-length", "8192", "--max-total-tokens", "30000", "--keys", "off"),
+    *("--context-length", "4096", "--max-total-tokens", "12000", "--keys", "off"),
     *("--dtype", "float32"),
 )
 
@@ -156,8 +156,9 @@ def killed_server(
         "turns_duplicated": tally.duplicated,
         "wrong_after_recovery": tally.wrong_after_recovery,
         "wrong_uninterrupted": tally.wrong - tally.wrong_after_recovery,
+        "failed_starts": len(server.failed_starts),
     }
-    return Killed(figures, restarts, [*tally.notes, *twin_tally.notes])
+    return Killed(figures, restarts, [*tally.notes, *twin_tally.notes, *server.failed_starts])
 
 
 def long_session(rounds: int, folder: Path, arguments: Sequence[str]) -> list[float]:
