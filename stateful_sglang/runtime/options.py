@@ -35,6 +35,7 @@ VARIABLES: Mapping[str, str] = {
 """Every environment variable of ours, and what it says."""
 
 
+Dropin = Literal["stateful", "off"]
 JournalSync = Literal["full", "normal"]
 
 
@@ -173,6 +174,15 @@ class Options:
         metadata=about(
             "on: listen beyond this machine without keys, for whoever can reach it",
             travels=False,
+        ),
+    )
+    dropin: Dropin = field(
+        default="stateful",
+        metadata=about(
+            "requests that send the whole conversation, on the routes in OpenAI's and Anthropic's "
+            "form. stateful: each continues the session that it names by what it says again; off: "
+            "as SGLang has it",
+            choices=lambda: get_args(Dropin),
         ),
     )
     session_ttl_s: int = field(

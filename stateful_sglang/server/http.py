@@ -81,6 +81,7 @@ def _stateful_client(app: Any, server_args: Any, options: Options, drain: Drain)
     """The parts of `launch_server` that only a stateful server replaces."""
     from stateful_sglang.api import access_log
     from stateful_sglang.api.native.routes import build_router
+    from stateful_sglang.api.openai import chat
     from stateful_sglang.runtime.ending import SGLangEnding
     from stateful_sglang.runtime.sessions.engine import SGLangEngine
     from stateful_sglang.runtime.sessions.manager import stateful_tokenizer_manager
@@ -109,6 +110,12 @@ def _stateful_client(app: Any, server_args: Any, options: Options, drain: Drain)
         drain.on_begin, drain.on_end = begin, partial(service.shutdown, _LAST_COMMITS_S)
         app.include_router(build_router(service, caller_of))
         once_served(app, service.begin)
+        if options.dropin == "stateful":
+            _drop_in(manager, chat.Conversations(service, caller_of, partial(_check, manager)))
+
+    def _drop_in(manager: Any, conversations: chat.Conversations) -> None:
+        manager.chat_class = chat.over(conversations)
+        manager.follow = partial(chat.follow, conversations)
 
     return {"init_tokenizer_manager_func": stateful_tokenizer_manager(follow)}
 
@@ -124,3 +131,11 @@ def once_served(app: Any, begin: Callable[[], None]) -> None:
             yield state
 
     app.router.lifespan_context = lifespan
+
+
+def _check(manager: Any, obj: Any) -> None:
+    """Raise where a request holds what the scheduler can't take."""
+    from stateful_sglang.runtime import admission
+
+    config = manager.model_config
+    admission.check(obj, vocab_size=config.vocab_size, hidden_size=config.hidden_size)

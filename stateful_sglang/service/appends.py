@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from functools import partial
+from typing import Any
 
 from stateful_sglang.service.commands import Append, Caller
 from stateful_sglang.service.commits import AcceptedAppend, Committer
@@ -15,6 +16,7 @@ from stateful_sglang.service.idempotency import Keeping, KeyedWork, Scope
 from stateful_sglang.service.observe import Outcome
 from stateful_sglang.service.plan import constrained_by
 from stateful_sglang.service.results import TurnResult, from_json
+from stateful_sglang.service.sampling import Constraint, Sampling
 from stateful_sglang.service.turns import KeptTurn, RunningTurn, TurnReader
 from stateful_sglang.session.errors import (
     CommitFailedError,
@@ -110,6 +112,29 @@ class Appends:
             tip.version,
             len(tip.transcript),
         )
+        return self.begin(caller, accepted, sampling, constraint)
+
+    def begin(
+        self,
+        caller: Caller,
+        accepted: AcceptedAppend,
+        sampling: Sampling,
+        constraint: Constraint | None = None,
+        wire: Any = None,
+    ) -> RunningTurn:
+        """Run what was accepted, as the session's writer or beside it; gives the place back.
+
+        Args:
+            caller: Whose turn it is.
+            accepted: Planned at the session's tip, which has not moved since.
+            sampling: How to generate.
+            constraint: What the answer is bound to.
+            wire: The request in the model server's own form, which then says both of these.
+        """
+        resident, command, plan = accepted.resident, accepted.command, accepted.plan
+        keeping, arrived = accepted.keeping, accepted.arrived
+        session = resident.session
+        tip = session.tip
 
         def request() -> TurnRequest:
             ephemeral = command.ephemeral
@@ -123,6 +148,7 @@ class Appends:
                 constraint,
                 command.stream,
                 "ephemeral" if ephemeral else "turn",
+                wire,
                 caller.salt,
             )
 

@@ -188,7 +188,7 @@ class Changes:
 
     async def add(self, caller: Caller, session: Session, keeping: Keeping) -> SessionView:
         """Take in a session that was just made, with all of its history."""
-        await self._make_room(caller)
+        await self.make_room(caller)
         record = self._record(session)
         view = self._core.view_of(record)
         with journal_errors("the session could not be recorded"):
@@ -197,7 +197,7 @@ class Changes:
         self._core.observer.session_opened()
         return view
 
-    async def _make_room(self, caller: Caller) -> None:
+    async def make_room(self, caller: Caller) -> None:
         """Let the tenant's session that was unused longest expire where it has as many as it may.
 
         Raises:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from stateful_sglang.rendering.delta import DeltaRenderer
@@ -38,6 +40,10 @@ class AcceptedAppend:
     """The version it continues."""
     history: int
     """Tokens of that version."""
+    read: Callable[[TurnProgress], Message] | None = None
+    """What the answer says, as whoever asked reads it; None: as the session's own routes do."""
+    unrecorded: bool = False
+    """The session itself is recorded with this turn, its first."""
 
 
 class Committer:
@@ -64,7 +70,7 @@ class Committer:
         assert last.finish is not None
         session = append.resident.session
         raw = self._renderer.answer_text(last.output_ids)
-        parsed = self._parse(append, last.text, raw)
+        parsed = self._parse(append, last, raw)
         # The lock, because the version is the session's next one until it is published.
         async with append.resident.recording:
             result = TurnResult(
@@ -97,11 +103,22 @@ class Committer:
         answer = Message("assistant", content, result.calls, raw=raw, tokens=tokens)
         commit = session.prepare(append.plan, result.output_ids, answer, result.finish_reason)
         record = replace(session.record(self._engine.model_digest, commit), used_at=time.time())
-        await self._journal.append(record, commit, keyed)
+        appended = self._journal.append(record, commit, keyed)
+        if append.unrecorded:
+            opened = session.record(self._engine.model_digest)
+            # Handed in one behind the other, so that they are in one transaction.
+            await asyncio.gather(self._journal.open(opened, session.history, None), appended)
+        else:
+            await appended
         session.publish(commit, held=True)
 
-    def _parse(self, append: AcceptedAppend, text: str, raw: str) -> tool_calls.ParsedAnswer:
-        head, command = append.plan.head, append.command
+    def _parse(
+        self, append: AcceptedAppend, last: TurnProgress, raw: str
+    ) -> tool_calls.ParsedAnswer:
+        head, command, text = append.plan.head, append.command, last.text
+        if append.read is not None:
+            answer = append.read(last)
+            return tool_calls.ParsedAnswer(answer.content, answer.tool_calls)
         if not head.tools or command.tool_choice == "none":
             return tool_calls.ParsedAnswer(text, ())
         if command.tool_choice == "required" or command.constraint is not None:

@@ -74,6 +74,9 @@ class TurnRequest:
     stream: bool = True
     """False: nobody reads between the first token and the last, so progress may be sparse."""
     kind: TurnKind = "turn"
+    wire: Any = field(default=None, repr=False)
+    """The request as a route of the model server's own made it, for which everything but its prompt
+    holds as it stands there; opaque to all but the engine."""
     salt: str | None = field(default=None, repr=False)
     """KV is shared among requests of one salt only; None: with all that have none."""
 
@@ -93,6 +96,8 @@ class TurnProgress(NamedTuple):
     """Prompt tokens whose KV was found in the tree."""
     decode_steps: int
     """Model steps taken after the prefill, each yielding one or more tokens."""
+    report: Any = None
+    """The same in the model server's own form, where the turn's request came in that form."""
 
 
 class PublishAnswer(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ from stateful_sglang.service.core import Core, Limits, journal_errors, view_from
 from stateful_sglang.service.engine import EngineError, TurnEngine
 from stateful_sglang.service.events import MAX_LISTENERS
 from stateful_sglang.service.failures import not_done
+from stateful_sglang.service.implicit import Conversation, Implicit, ImplicitTurn
 from stateful_sglang.service.observe import NullObserver, Observer
 from stateful_sglang.service.plan import Planner
 from stateful_sglang.service.prefixes import Prefixes
@@ -45,6 +46,7 @@ from stateful_sglang.service.results import (
 from stateful_sglang.service.turns import TurnReader
 from stateful_sglang.session.errors import SessionError, TooManyRequestsError
 from stateful_sglang.session.journal.base import Journal, SessionQuery
+from stateful_sglang.session.messages import Head, Message
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ class SessionService:
         self._changes = Changes(self._core)
         self._appends = Appends(self._core, Committer(engine, journal, renderer))
         self.prefixes = Prefixes(self._core)
+        self._implicit = Implicit(self._core, self._changes, self._appends)
         self._maintenance: asyncio.Task[None] | None = None
         self.max_body_bytes = limits.max_body_bytes or max(1 << 20, 32 * engine.context_length)
 
@@ -223,6 +226,19 @@ class SessionService:
         """
         self._maintain()
         return await self._appends.append(caller, session_id, command)
+
+    def knows(self, caller: Caller, scope: str, head: Head, messages: Sequence[Message]) -> bool:
+        """Whether a conversation seems to go on from one that is known; from any thread."""
+        return self._implicit.knows(caller, scope, head, messages)
+
+    async def converse(self, caller: Caller, conversation: Conversation) -> ImplicitTurn:
+        """Start the turn of a conversation that a client sent whole, in the session it belongs to.
+
+        Raises:
+            SessionError: What is wrong with the request, before the engine has seen any of it.
+        """
+        self._maintain()
+        return await self._implicit.turn(caller, conversation)
 
     # ---- The server's life ----
 

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from stateful_sglang.service.engine import EngineError, TurnEngine, TurnProgress, TurnRequest
 from stateful_sglang.service.failures import turn_failed
@@ -39,6 +39,11 @@ class TurnReader(Protocol):
         """The text as it is generated, from its start, until the turn has ended."""
         ...
 
+    def reports(self) -> AsyncIterator[Any]:
+        """The turn so far in the model server's own form, whenever there is more; the last one
+        when it is committed. None of a turn that did not end well, nor of one that is kept."""
+        ...
+
     async def wait(self) -> None:
         """Until the turn has ended. Cancelling this wait leaves the turn alone."""
         ...
@@ -65,6 +70,12 @@ class KeptTurn:
         """All of its text at once."""
         if self._result.text:
             yield self._result.text
+
+    async def reports(self) -> AsyncIterator[Any]:
+        """Nothing: what is kept is the result."""
+        nothing: tuple[Any, ...] = ()
+        for each in nothing:
+            yield each
 
     async def wait(self) -> None:
         """Return at once."""
@@ -120,6 +131,7 @@ class RunningTurn:
         self._text = ""
         self._read = 0
         """Characters of the text that a reader has got: no later try may say other ones."""
+        self._latest: TurnProgress | None = None
         self._watching: set[asyncio.Event] = set()
         self._readers = 0
         self._first_token_at: float | None = None
@@ -129,10 +141,13 @@ class RunningTurn:
         """Nobody waits for the turn any more: it is to end soon, by its abort or its commit."""
         self._task = asyncio.create_task(self._run(), name="turn")
         self._ended = asyncio.Event()
+        self._on_end: list[Callable[[], None]] = []
 
         def end(_: asyncio.Task[None]) -> None:
             self._ended.set()
             release(None if self._result is not None else self._error)
+            for told in self._on_end:
+                told()
             self._wake()
 
         # A callback, because a task cancelled before its first step never enters its own finally.
@@ -182,6 +197,36 @@ class RunningTurn:
                     yield text
                 elif self.ended:
                     return
+                else:
+                    await changed.wait()
+        finally:
+            self._watching.discard(changed)
+
+    def on_end(self, told: Callable[[], None]) -> None:
+        """Have `told` called when the turn has ended, before its readers know of it."""
+        if self.ended:
+            told()
+        else:
+            self._on_end.append(told)
+
+    async def reports(self) -> AsyncIterator[Any]:
+        """See `TurnReader`."""
+        seen: TurnProgress | None = None
+        changed = asyncio.Event()
+        self._watching.add(changed)
+        try:
+            while True:
+                changed.clear()
+                latest = self._latest
+                if self.ended:
+                    if self._result is not None and latest is not None:
+                        yield latest.report
+                    return
+                # A turn that is run again comes by what was read of the last try once more.
+                more = latest is not None and len(latest.text) >= self._read
+                if latest is not None and more and latest is not seen and latest.finish is None:
+                    seen, self._read = latest, len(latest.text)
+                    yield latest.report
                 else:
                     await changed.wait()
         finally:
@@ -271,6 +316,7 @@ class RunningTurn:
         if self._first_token_at is None and progress.output_ids:
             self._first_token_at = time.perf_counter()
         self.generated_tokens = len(progress.output_ids)
+        self._latest = progress
         read = self._text[: self._read]
         if progress.text.startswith(read):
             self._text = progress.text
@@ -304,6 +350,9 @@ class _Reader:
 
     def texts(self) -> AsyncIterator[str]:
         return self._turn.texts()
+
+    def reports(self) -> AsyncIterator[Any]:
+        return self._turn.reports()
 
     async def wait(self) -> None:
         await self._turn.wait()

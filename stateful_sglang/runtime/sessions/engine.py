@@ -6,6 +6,7 @@ import asyncio
 import logging
 from array import array
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from sglang.srt.managers.io_struct import GenerateReqInput
@@ -83,6 +84,7 @@ SGLang reports a request at its first token whatever the interval, which dates t
 _NOTHING: Mapping[str, Any] = {"max_new_tokens": 0, "temperature": 0.0}
 """Sampling of a turn that generates nothing. SGLang computes the KV of the whole prompt, samples
 nothing (or a token that it drops, where the server drafts), and ends the request by length."""
+_WIRE_FIELDS = tuple(each.name for each in fields(GenerateReqInput) if each.init)
 _DISPATCH_POLL_S = 0.005
 _LATE = "it is in one very long step, or gone. Look at /health, and ask again"
 
@@ -216,16 +218,15 @@ class SGLangEngine:
         self, turn: TurnRequest, queue: asyncio.Queue[TurnProgress | EngineError]
     ) -> None:
         generates = turn.kind != "prefill"
-        sampling = sampling_params(turn.sampling, turn.constraint) if generates else dict(_NOTHING)
+        if turn.wire is not None:
+            sampling = dict(turn.wire.sampling_params)
+        elif generates:
+            sampling = sampling_params(turn.sampling, turn.constraint)
+        else:
+            sampling = dict(_NOTHING)
         if generates and not turn.stream:
             sampling["stream_interval"] = SPARSE_STREAM_INTERVAL
-        request = TurnInput(
-            rid=turn.rid,
-            input_ids=turn.delta.tolist(),
-            sampling_params=sampling,
-            stream=True,
-            turn=TurnOrigin(turn),
-        )
+        request = _request(turn, sampling)
         constrained = generates and turn.constraint is not None
         output_ids = array("q")
         over = False
@@ -234,6 +235,8 @@ class SGLangEngine:
             async for out in self._manager.generate_request(request, None):
                 try:
                     progress = _progress(out, output_ids, constrained=constrained)
+                    if turn.wire is not None:
+                        progress = progress._replace(report=out)
                 except EngineError as error:
                     queue.put_nowait(error)
                     over = True
@@ -261,6 +264,20 @@ class SGLangEngine:
             if state is not None and state.dispatched:
                 self._manager.abort_request(rid)
             await asyncio.wait({task}, timeout=_DISPATCH_POLL_S)
+
+
+def _request(turn: TurnRequest, sampling: dict[str, Any]) -> TurnInput:
+    """The turn as SGLang takes it; of one that came in SGLang's form, all but its prompt."""
+    wire = turn.wire
+    values = {} if wire is None else {name: getattr(wire, name) for name in _WIRE_FIELDS}
+    own = {
+        "rid": turn.rid,
+        "text": None,
+        "input_ids": turn.delta.tolist(),
+        "sampling_params": sampling,
+        "stream": True,
+    }
+    return TurnInput(**(values | own), turn=TurnOrigin(turn))
 
 
 def _prefilled(progress: TurnProgress) -> TurnProgress:

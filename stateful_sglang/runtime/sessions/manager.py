@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -48,6 +48,11 @@ ATTACHMENTS = (
         "fork, rollback, close, publish and tree requests leave the API process as SGLang's own do",
     ),
     Attachment(
+        f"{_MANAGER}.generate_request",
+        "subclass",
+        "a request that names a conversation is run as a turn of its session",
+    ),
+    Attachment(
         "sglang.srt.entrypoints.engine.init_tokenizer_manager",
         "relies",
         "SGLang's launcher takes the tokenizer manager's class as an argument",
@@ -85,12 +90,29 @@ class StatefulTokenizerManager(TokenizerManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._replies: dict[str, asyncio.Future[Any]] = {}
+        self.follow: Callable[[Any, Any], AsyncIterator[Any]] | None = None
+        """Runs requests that name a conversation; None where none does."""
+        self.chat_class: type[Any] | None = None
+        """SGLang's chat route of another kind; None for its own."""
         self._result_dispatcher += TypeBasedDispatcher(
             [
                 (TreeSummaryReqOutput, self._handle_reply),
                 (PrefixPublishReqOutput, self._handle_reply),
             ]
         )
+
+    def generate_request(self, obj: Any, request: Any = None) -> AsyncIterator[Any]:
+        """SGLang's generator itself, so that an ordinary request costs nothing more; a request that
+        names a conversation is run as a turn of its session."""
+        if self.follow is None or getattr(obj, "conversation", None) is None:
+            outputs: AsyncIterator[Any] = super().generate_request(obj, request)
+            return outputs
+        return self.follow(obj, request)
+
+    @property
+    def serving_chat_class(self) -> type[Any]:
+        """SGLang's class of the chat routes, or ours over implicit sessions."""
+        return self.chat_class or super().serving_chat_class  # type: ignore[no-any-return]
 
     def _create_tokenized_object(self, obj: Any, *args: Any, **kwargs: Any) -> Any:
         tokenized = super()._create_tokenized_object(obj, *args, **kwargs)

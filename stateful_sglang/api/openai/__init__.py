@@ -1,0 +1,1 @@
+"""SGLang's OpenAI and Anthropic routes over sessions that their clients know nothing of."""
