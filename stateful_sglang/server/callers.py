@@ -5,10 +5,11 @@ from __future__ import annotations
 from fastapi import Request
 
 from stateful_sglang import tenants
+from stateful_sglang.api.guard.middleware import CALLER
 from stateful_sglang.service.commands import Caller
 
 
-def caller_of(_: Request) -> Caller:
-    """The caller of the request that is being served."""
-    identity = tenants.current()
+def caller_of(request: Request) -> Caller:
+    """The caller of a request that is being served; also from a thread that works for it."""
+    identity = getattr(request.state, CALLER, None) or tenants.current()
     return Caller(identity.tenant, identity.salt, identity.limits)

@@ -82,6 +82,7 @@ def _stateful_client(app: Any, server_args: Any, options: Options, drain: Drain)
     from stateful_sglang.api import access_log
     from stateful_sglang.api.native.routes import build_router
     from stateful_sglang.api.openai import chat
+    from stateful_sglang.api.openai.reuse import ReuseHeader
     from stateful_sglang.runtime.ending import SGLangEnding
     from stateful_sglang.runtime.sessions.engine import SGLangEngine
     from stateful_sglang.runtime.sessions.manager import stateful_tokenizer_manager
@@ -112,6 +113,9 @@ def _stateful_client(app: Any, server_args: Any, options: Options, drain: Drain)
         once_served(app, service.begin)
         if options.dropin == "stateful":
             _drop_in(manager, chat.Conversations(service, caller_of, partial(_check, manager)))
+
+    if options.dropin != "off":
+        app.add_middleware(ReuseHeader)
 
     def _drop_in(manager: Any, conversations: chat.Conversations) -> None:
         manager.chat_class = chat.over(conversations)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -30,6 +31,8 @@ from stateful_sglang.session.records import CommitRef, KeyedResult, SessionRecor
 from stateful_sglang.session.session import Session
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 _GRACE_S = 0.05
 """How long a caller that will not wait still waits: the turn that is in its way may be one whose
@@ -201,6 +204,18 @@ class Core:
                 self._left.add(task)
                 task.add_done_callback(self._left.discard)
             raise
+
+    def spawn(self, operation: Coroutine[Any, Any, None]) -> None:
+        """Run an operation that nobody waits for; what goes wrong with it is logged."""
+        task = asyncio.create_task(operation)
+        self._tasks.add(task)
+
+        def ended(_: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.error("an operation that nobody waits for failed", exc_info=error)
+
+        task.add_done_callback(ended)
 
     async def expire(self, session_id: str) -> None:
         """End a session that nobody uses any more.

@@ -26,10 +26,12 @@ def turn_failed(error: EngineError, constraint: str | None) -> SessionError:
     """
     if error.field == "constraint" and constraint is not None:
         return InvalidInputError(constraint, f"the model server refuses it: {error.message}")
-    return EngineFailedError(
+    failed = EngineFailedError(
         f"the model server ended this turn: {error.message}; nothing was committed",
         _TOLD[error.kind],
     )
+    failed.__cause__ = error
+    return failed
 
 
 def not_done(error: EngineError) -> SessionError:

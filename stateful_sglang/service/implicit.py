@@ -249,12 +249,20 @@ class Implicit:
             if turn.committed:
                 answer = canonical([*request.messages[-1:], *answers])[-1]
                 self._know(one_more(asked.chain[-1], answer), _Place(session.id, session.version))
-            elif match == "new":
-                self._core.directory.drop(session.id)
+            elif match != "append":
+                self._core.spawn(self._forget(session.id, recorded=match == "branch"))
 
         turn.on_end(ended)
         known, new = len(tip.transcript), len(plan.delta)
         return turn, Reuse(match, session.id, tip.version, known, new, count, divergence)
+
+    async def _forget(self, session_id: str, *, recorded: bool) -> None:
+        """Leave nothing of a session whose only turn came to nothing."""
+        if recorded:
+            await self._core.directory.end(session_id, "closed")
+        else:
+            self._core.directory.drop(session_id)
+            await self._core.engine.close_session(session_id)
 
     def _know(self, digest: bytes, place: _Place) -> None:
         self._known[digest] = place

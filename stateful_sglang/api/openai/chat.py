@@ -22,12 +22,13 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from starlette.requests import Request
 
 from stateful_sglang.api.errors import status_of
+from stateful_sglang.api.openai.reuse import STATE
 from stateful_sglang.api.openai.said import NotTextError, messages_of
 from stateful_sglang.api.streaming import unless_left
 from stateful_sglang.attachments.check import Attachment
 from stateful_sglang.service.commands import Caller
-from stateful_sglang.service.engine import TurnProgress
-from stateful_sglang.service.implicit import Conversation, ImplicitTurn, Reuse
+from stateful_sglang.service.engine import EngineError, TurnProgress
+from stateful_sglang.service.implicit import Conversation, ImplicitTurn
 from stateful_sglang.service.service import SessionService
 from stateful_sglang.session.errors import SessionError
 from stateful_sglang.session.messages import Head, Message
@@ -60,9 +61,6 @@ ATTACHMENTS = (
 
 _STAND_IN = (0,)
 """Token ids in the place of a prompt that is not rendered; never sent to the scheduler."""
-_CALLER = "stateful_sglang.caller"
-REUSE = "stateful_sglang.reuse"
-"""Where a request's scope says what was reused for it."""
 
 
 @dataclass
@@ -92,11 +90,6 @@ class ImplicitChat(OpenAIServingChat):  # type: ignore[misc]
 
     conversations: Conversations
 
-    async def handle_request(self, request: ChatCompletionRequest, raw_request: Request) -> Any:
-        """See SGLang's; who calls is noted here, before the request goes on in a thread."""
-        raw_request.scope[_CALLER] = self.conversations.caller_of(raw_request)
-        return await super().handle_request(request, raw_request)
-
     def _convert_to_internal_request(
         self, request: ChatCompletionRequest, raw_request: Request | None = None
     ) -> tuple[GenerateReqInput, ChatCompletionRequest]:
@@ -107,7 +100,7 @@ class ImplicitChat(OpenAIServingChat):  # type: ignore[misc]
             messages = messages_of(dumped, self._joiner)
         except NotTextError:
             return super()._convert_to_internal_request(request, raw_request)  # type: ignore[no-any-return]
-        caller = raw_request.scope.get(_CALLER) or self.conversations.caller_of(raw_request)
+        caller = self.conversations.caller_of(raw_request)
         asked = Asked(self, request, raw_request, messages, dumped)
         scope, head = asked.scope(), asked.head()
         known = self.conversations.service.knows(caller, scope, head, messages)
@@ -265,7 +258,7 @@ async def follow(
     except SessionError as error:
         raise _told(error) from error
     reader, reuse = started
-    request.scope[REUSE] = reuse
+    setattr(request.state, STATE, reuse)
     try:
         if obj.stream:
             async for report in reader.reports():
@@ -285,22 +278,6 @@ async def follow(
 def _told(error: SessionError) -> Exception:
     """An error in the form in which SGLang's routes expect those of its manager."""
     status = status_of(error)
-    if status in (400, 413, 422):
-        return ValueError(error.message)
-    return HTTPException(status, error.message)
-
-
-def header(reuse: Reuse) -> str:
-    """What was reused, for the answer's header."""
-    found = {
-        "match": reuse.match,
-        "id": reuse.session_id,
-        "version": reuse.version,
-        "history": reuse.history_tokens,
-        "delta": reuse.delta_tokens,
-        "messages": reuse.messages,
-    }
-    if reuse.divergence is not None:
-        at = reuse.divergence
-        found["divergence"] = f"messages[{at.message}].{at.field}@{at.offset}"
-    return "; ".join(f"{name}={value}" for name, value in found.items())
+    cause = error.__cause__
+    message = cause.message if isinstance(cause, EngineError) else error.message
+    return ValueError(message) if status in (400, 413, 422) else HTTPException(status, message)
