@@ -20,6 +20,7 @@ from stateful_sglang.cpu.platform import prepare
 prepare()
 
 from stateful_sglang import cpu
+from stateful_sglang.api.openai import chat
 from stateful_sglang.attachments.check import TABLE, Attachment, fingerprint
 from stateful_sglang.runtime import (
     admission,
@@ -41,6 +42,7 @@ ATTACHMENTS: tuple[Attachment, ...] = tuple(
     sorted(
         {
             *admission.ATTACHMENTS,
+            *chat.ATTACHMENTS,
             *client.ATTACHMENTS,
             *cpu.ATTACHMENTS,
             *draft_spec.ATTACHMENTS,

@@ -53,6 +53,16 @@ ATTACHMENTS = (
         "says what an answer is to its client, who will say it again",
     ),
     Attachment(
+        "sglang.srt.entrypoints.openai.protocol.ChatCompletionRequest",
+        "relies",
+        "its fields say what of a request a session can serve",
+    ),
+    Attachment(
+        "sglang.srt.entrypoints.openai.protocol.ChatCompletionResponse",
+        "relies",
+        "an answer that was built, and no error",
+    ),
+    Attachment(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.serving_chat_class",
         "subclass",
         "SGLang's routes for chat and for Anthropic's messages make their requests with this class",
