@@ -97,7 +97,18 @@ class ContentGuard:
             return head
         system = None if head.system is None else self.text(head.system)
         tools = tuple(self._value(dict(tool)) for tool in head.tools)
-        return Head(system, tools, self._value(dict(head.template_kwargs)))
+        return replace(
+            head,
+            system=system,
+            tools=tools,
+            template_kwargs=self._value(dict(head.template_kwargs)),
+        )
+
+    def lets_through(self, head: Head, messages: Sequence[Message]) -> bool:
+        """Whether nothing of this would be taken out before a template sees it."""
+        if self._always_plain:
+            return False
+        return self.head(head) == head and self.messages(messages) == list(messages)
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
         """`messages` as the template may see them."""

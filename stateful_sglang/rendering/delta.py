@@ -97,6 +97,11 @@ class DeltaRenderer:
         text = self._render(head, self._guard.messages(messages))
         return RenderedDelta(0, array("q", self._guard.encode(text)))
 
+    def is_plain(self, head: Head, messages: Sequence[Message]) -> bool:
+        """Whether no content spells what could become a special token: whoever else renders these
+        messages by the model's template comes to the same tokens."""
+        return self._guard.lets_through(head, messages)
+
     def text(self, text: str, transcript: Transcript) -> RenderedDelta:
         """Tokens of raw text, in which special tokens are meant as such; the tokenizer's own start
         tokens only at the very beginning."""
@@ -224,7 +229,7 @@ class DeltaRenderer:
             self._guarded(head),
             messages,
             generation_prompt=True,
-            native=self._template.knows_tool_messages,
+            native=head.verbatim or self._template.knows_tool_messages,
         )
 
     def _guarded(self, head: Head) -> Head:

@@ -123,7 +123,7 @@ class ChatTemplate:
             )
         conversation = native_form(messages) if native else plain_form(messages)
         system, tools = head.system, list(head.tools) or None
-        if tools and not self.takes_tools:
+        if tools and not self.takes_tools and not head.verbatim:
             system = "\n\n".join(part for part in (system, tool_prompt(tools)) if part)
             tools = None
         if system is not None:

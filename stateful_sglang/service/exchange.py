@@ -132,6 +132,7 @@ def _commit_form(commit: Commit) -> dict[str, Any]:
             "system": head.system,
             "tools": list(head.tools),
             "template_kwargs": dict(head.template_kwargs),
+            "verbatim": head.verbatim,
         }
     return form
 
@@ -149,7 +150,12 @@ def _commit(
     parent = None if named is None else commits[named]
     if "head" in form:
         given = form["head"]
-        head = Head(given["system"], tuple(given["tools"]), given["template_kwargs"])
+        head = Head(
+            given["system"],
+            tuple(given["tools"]),
+            given["template_kwargs"],
+            bool(given.get("verbatim")),
+        )
     elif parent is not None:
         head = parent.conversation.head
     else:

@@ -29,7 +29,6 @@ from stateful_sglang.service.engine import TurnProgress
 from stateful_sglang.service.idempotency import Keeping, Scope
 from stateful_sglang.service.sampling import Sampling
 from stateful_sglang.service.turns import RunningTurn, TurnReader
-from stateful_sglang.session.conversation import absorb_system
 from stateful_sglang.session.errors import SessionError
 from stateful_sglang.session.history import Commit, History
 from stateful_sglang.session.ids import new_session_id
@@ -202,15 +201,14 @@ class Implicit:
 
     async def _anew(self, asked: _Asked) -> tuple[RunningTurn, Reuse]:
         request = asked.request
-        delta = await request.first()
-        head, messages = absorb_system(request.head, request.messages)
+        rendered = await request.first()
+        plan = self._core.planner.plan_first(request.head, request.messages, rendered)
         await self._changes.make_room(asked.caller)
         session_id = new_session_id()
         history = History.opened(session_id, request.head)
         session = Session(session_id, asked.caller.tenant, history, request.options)
         resident = self._core.directory.add(session)
         await resident.writer.take(0.0)
-        plan = PlannedTurn(0, delta, None, head, messages)
         return self._run(asked, resident, plan, "new", 0, None)
 
     def _run(

@@ -126,6 +126,26 @@ class Planner:
             rendered.base_len, rendered.delta, rendered.rewind_reason, head, messages
         )
 
+    def plan_first(
+        self, head: Head, messages: Sequence[Message], rendered: array[int]
+    ) -> PlannedTurn:
+        """The first turn of a conversation that the model server's own route has rendered.
+
+        Its tokens are taken, unless they may have special tokens that content spells.
+
+        Args:
+            head: Without a system message.
+            messages: All of them.
+            rendered: By the model server ('q').
+
+        Raises:
+            InvalidInputError: They have to be rendered again, and can't be.
+        """
+        head, messages = absorb_system(head, messages)
+        if not self._renderer.is_plain(head, messages):
+            rendered = self._renderer.first(head, messages).delta
+        return PlannedTurn(0, rendered, None, head, messages)
+
     def plan_prefill(self, session: Session, pending: Sequence[Message]) -> PlannedTurn | None:
         """What the next turn's delta begins with, whatever follows the pending messages.
 

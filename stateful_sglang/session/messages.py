@@ -45,11 +45,15 @@ class Head:
     tools: tuple[Mapping[str, Any], ...] = ()
     """OpenAI form: ``{"type": "function", "function": {"name": ..., "parameters": ...}}``."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    verbatim: bool = False
+    """The template gets tools, calls and results as they are, whether or not it knows what they
+    are, as SGLang's own routes have it; else in the form that comes nearest to what it knows."""
 
     @cached_property
     def key(self) -> str:
         """Digest of the whole head: heads with equal keys render equally."""
-        parts = json.dumps([self.system, list(self.tools), dict(self.template_kwargs)])
+        values = [self.system, list(self.tools), dict(self.template_kwargs)]
+        parts = json.dumps([*values, True] if self.verbatim else values)
         return hashlib.sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()
 
     def tool_names(self) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, StrictInt, model_validator
+from pydantic import AfterValidator, Field, StrictBool, StrictInt, model_validator
 
 from stateful_sglang.api.native.bodies import Body, refusal
 from stateful_sglang.api.native.messages import ToolBody
@@ -48,6 +48,7 @@ class ExportedHead(Body):
     system: str | None
     tools: list[ToolBody]
     template_kwargs: dict[str, Any]
+    verbatim: StrictBool = False
 
 
 class ExportedCommit(Body):

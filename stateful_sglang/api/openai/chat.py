@@ -199,7 +199,7 @@ class Asked:
             kwargs["reasoning_effort"] = request.reasoning_effort
         kwargs |= self._serving.default_chat_template_kwargs or {}
         kwargs |= request.chat_template_kwargs or {}
-        return Head(None, tuple(tools), kwargs)
+        return Head(None, tuple(tools), kwargs, verbatim=True)
 
     def scope(self) -> str:
         """What else must be equal for two requests to share a session."""

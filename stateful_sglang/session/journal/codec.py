@@ -160,7 +160,8 @@ def message_of(form: Mapping[str, Any]) -> Message:
 
 def dump_head(head: Head) -> bytes:
     """A head as a blob."""
-    return dump([head.system, list(head.tools), dict(head.template_kwargs)])
+    values = [head.system, list(head.tools), dict(head.template_kwargs)]
+    return dump([*values, True] if head.verbatim else values)
 
 
 def parse_head(blob: bytes) -> Head:
@@ -170,7 +171,7 @@ def parse_head(blob: bytes) -> Head:
         DamagedError: It is no head.
     """
     try:
-        system, tools, kwargs = parse(blob)
-        return Head(system, tuple(tools), kwargs)
+        system, tools, kwargs, *verbatim = parse(blob)
+        return Head(system, tuple(tools), kwargs, verbatim == [True])
     except (TypeError, ValueError) as error:
         raise DamagedError(f"a blob holds no head: {error}") from error
