@@ -42,6 +42,8 @@ class AcceptedAppend:
     """Tokens of that version."""
     read: Callable[[TurnProgress], Message] | None = None
     """What the answer says, as whoever asked reads it; None: as the session's own routes do."""
+    said: Callable[[Message], bytes] | None = None
+    """The digest of all that was said when this answer was; None where nobody says it again."""
     unrecorded: bool = False
     """The session itself is recorded with this turn, its first."""
 
@@ -101,7 +103,8 @@ class Committer:
         # What is equal is one object: an answer without calls is kept once.
         content = raw if result.content == raw else result.content
         answer = Message("assistant", content, result.calls, raw=raw, tokens=tokens)
-        commit = session.prepare(append.plan, result.output_ids, answer, result.finish_reason)
+        said = None if append.said is None else append.said(answer)
+        commit = session.prepare(append.plan, result.output_ids, answer, result.finish_reason, said)
         record = replace(session.record(self._engine.model_digest, commit), used_at=time.time())
         appended = self._journal.append(record, commit, keyed)
         if append.unrecorded:

@@ -32,6 +32,7 @@ from stateful_sglang.service.turns import RunningTurn, TurnReader
 from stateful_sglang.session.errors import SessionError
 from stateful_sglang.session.history import Commit, History
 from stateful_sglang.session.ids import new_session_id
+from stateful_sglang.session.journal.base import MAX_ASKED, JournalError
 from stateful_sglang.session.messages import Head, Message
 from stateful_sglang.session.records import SessionOptions
 from stateful_sglang.session.said import (
@@ -131,8 +132,9 @@ class Implicit:
 
     def knows(self, caller: Caller, scope: str, head: Head, messages: Sequence[Message]) -> bool:
         """Whether a conversation seems to go on from one that is known; from any thread."""
-        chain = digests(_scope(caller, scope, head), canonical(messages))
-        return any(digest in self._known for digest in chain[1:-1])
+        said = canonical(messages)
+        chain = digests(_scope(caller, scope, head), said)
+        return any(chain[count] in self._known for count in _ends(said))
 
     async def turn(self, caller: Caller, asked: Conversation) -> ImplicitTurn:
         """Start the turn of a conversation, or join the one that a request like it started.
@@ -154,21 +156,33 @@ class Implicit:
         return ImplicitTurn(turn.reader(), reuse)
 
     async def _start(self, asked: _Asked) -> tuple[RunningTurn, Reuse]:
-        for count in range(len(asked.said) - 1, 0, -1):
-            place = self._known.get(asked.chain[count])
-            if place is None:
-                continue
+        for count, place in await self._places(asked):
             try:
                 async with self._core.directory.use(asked.caller, place.session_id) as resident:
                     commit = _verified(resident, place, asked.said[:count])
                     if commit is not None:
-                        self._known.move_to_end(asked.chain[count])
+                        self._know(asked.chain[count], place)
                         return await self._continue(asked, resident, commit, count)
             except SessionError as error:
                 # Whatever keeps the session from being continued, the request can be served anew.
                 logger.info("a known conversation begins anew: %s", error.kind)
                 self._known.pop(asked.chain[count], None)
         return await self._anew(asked)
+
+    async def _places(self, asked: _Asked) -> list[tuple[int, _Place]]:
+        """Where the request may have come from, the longest beginning first."""
+        ends = _ends(asked.said)
+        found = [(n, self._known[asked.chain[n]]) for n in ends if asked.chain[n] in self._known]
+        if found or not ends:
+            return found
+        chain = {asked.chain[count]: count for count in ends[:MAX_ASKED]}
+        try:
+            places = await self._core.journal.said(list(chain))
+        except JournalError as error:
+            logger.warning("conversations can't be looked up: %s", error)
+            return []
+        recorded = [(chain[digest], _Place(*place)) for digest, place in places.items()]
+        return sorted(recorded, reverse=True)
 
     async def _continue(
         self, asked: _Asked, resident: Resident, commit: Commit, count: int
@@ -223,11 +237,9 @@ class Implicit:
         session, request = resident.session, asked.request
         tip = session.tip
         sampling = self._core.planner.sampling(Sampling(), plan)
-        answers: list[Message] = []
 
-        def read(last: TurnProgress) -> Message:
-            answers.append(request.read(last))
-            return answers[-1]
+        def all_said(answer: Message) -> bytes:
+            return one_more(asked.chain[-1], canonical([answer])[0])
 
         accepted = AcceptedAppend(
             resident,
@@ -238,15 +250,16 @@ class Implicit:
             Keeping(Scope(asked.caller.tenant, session.id), None),
             tip.version,
             len(tip.transcript),
-            read,
+            request.read,
+            all_said,
             unrecorded=match == "new",
         )
         turn = self._appends.begin(asked.caller, accepted, sampling, wire=request.wire)
 
         def ended() -> None:
-            if turn.committed:
-                answer = canonical([*request.messages[-1:], *answers])[-1]
-                self._know(one_more(asked.chain[-1], answer), _Place(session.id, session.version))
+            tip = session.tip
+            if turn.committed and tip.said is not None:
+                self._know(tip.said, _Place(session.id, tip.version))
             elif match != "append":
                 self._core.spawn(self._forget(session.id, recorded=match == "branch"))
 
@@ -280,6 +293,13 @@ class Implicit:
 
 def _scope(caller: Caller, scope: str, head: Head) -> str:
     return f"{caller.tenant} {scope} {head.key}"
+
+
+def _ends(said: Sequence[Said]) -> list[int]:
+    """Lengths of a conversation's beginnings that could be a version, the longest first: those that
+    end with an answer."""
+    counts = range(len(said) - 1, 0, -1)
+    return [count for count in counts if said[count - 1].role == "assistant"]
 
 
 def _verified(resident: Resident, place: _Place, said: list[Said]) -> Commit | None:

@@ -51,6 +51,9 @@ class Commit:
     finish_reason: str | None = None
     created_at: float = field(default_factory=time.time)
     """Seconds since the epoch."""
+    said: bytes | None = None
+    """Digest of all that was said up to here, for clients that say it again; None where it was not
+    such a client that came here."""
 
     @property
     def tokens(self) -> array[int]:
@@ -177,6 +180,7 @@ class History:
         pending: Sequence[Message] = (),
         finish_reason: str | None = None,
         parent: Commit | None = None,
+        said: bytes | None = None,
     ) -> Commit:
         """The commit that continues the tip, or another of its commits; O(what is new).
 
@@ -189,6 +193,7 @@ class History:
             pending: Messages that stay pending after this commit.
             finish_reason: How the turn ended; None where nothing was generated.
             parent: A commit of this history; None is the tip.
+            said: The digest by which it is found again.
 
         Raises:
             ValueError: `base_len` lies beyond the parent's end.
@@ -203,6 +208,7 @@ class History:
             conversation=parent.conversation.extended(head, messages),
             pending=tuple(pending),
             finish_reason=finish_reason,
+            said=said,
         )
 
     def publish(self, commit: Commit) -> None:

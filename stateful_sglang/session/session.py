@@ -70,7 +70,12 @@ class Session:
         return base_len, delta
 
     def prepare(
-        self, plan: PlannedTurn, output_ids: Sequence[int], answer: Message, finish_reason: str
+        self,
+        plan: PlannedTurn,
+        output_ids: Sequence[int],
+        answer: Message,
+        finish_reason: str,
+        said: bytes | None = None,
     ) -> Commit:
         """What the session is to be after a turn; nothing of it is seen before `publish`."""
         return self.history.prepare(
@@ -80,6 +85,7 @@ class Session:
             messages=None if plan.messages is None else [*plan.messages, answer],
             pending=self.tip.pending if plan.messages is None else (),
             finish_reason=finish_reason,
+            said=said,
         )
 
     def prepare_pending(self, pending: Sequence[Message], parent: Commit | None = None) -> Commit:

@@ -19,6 +19,7 @@ from stateful_sglang.service.implicit import Conversation, ImplicitTurn, Reuse
 from stateful_sglang.service.results import TurnResult
 from stateful_sglang.service.sampling import Sampling
 from stateful_sglang.session.errors import EngineFailedError, TurnAbortedError
+from stateful_sglang.session.journal.base import JournalError
 from stateful_sglang.session.messages import Head, Message, ToolCall
 
 pytestmark = pytest.mark.anyio
@@ -271,7 +272,7 @@ async def test_a_session_that_was_closed_is_begun_anew(client: Client, service: 
     assert reuse.session_id != first.session_id
 
 
-async def test_what_is_remembered_is_bounded(
+async def test_what_is_remembered_is_bounded_and_the_journal_has_the_rest(
     engine: EngineDouble, service: OneTenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(implicit, "MAX_KNOWN", 3)
@@ -280,7 +281,8 @@ async def test_what_is_remembered_is_bounded(
         await each.ask("one")
     matches = [(await each.ask("two"))[1].match for each in clients[1:]]
     assert matches == ["append", "append"]
-    assert (await clients[0].ask("two"))[1].match == "new"
+    assert len(service.service._implicit) == 3
+    assert (await clients[0].ask("two"))[1].match == "append"
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -306,3 +308,30 @@ async def test_a_template_that_knows_no_tools_gets_results_as_the_route_has_them
     assert turn.reuse.match == "append"
     await turn.reader.result()
     assert engine.prompts[-1] == whole(engine, client.messages)
+
+
+async def test_a_conversation_is_found_again_after_a_restart(
+    engine: EngineDouble, client: Client, service: OneTenant
+) -> None:
+    _, first = await client.ask("one")
+    await client.ask("two")
+    restarted = EngineDouble()
+    client.engine, client.service = restarted, OneTenant(restarted, journal=service.journal)
+    sent = [*client.messages, Message("user", "three")]
+    _, reuse = await client.ask("three")
+    assert (reuse.match, reuse.session_id, reuse.version) == ("append", first.session_id, 2)
+    assert restarted.prompts[-1] == whole(engine, sent)
+
+
+async def test_a_journal_that_cannot_be_asked_begins_a_conversation_anew(
+    client: Client, service: OneTenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await client.ask("one")
+
+    async def fail(*_: Any) -> None:
+        raise JournalError("the disk is gone")
+
+    monkeypatch.setattr(service.journal, "said", fail)
+    client.messages[0] = Message("system", "Another.")
+    _, reuse = await client.ask("two")
+    assert reuse.match == "new"

@@ -7,12 +7,15 @@ raises has changed nothing, and nothing of it is found again later, whatever the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from stateful_sglang.session.history import Commit, History
 from stateful_sglang.session.records import KeyedResult, PrefixRecord, SessionRecord, State
+
+MAX_ASKED = 1024
+"""Digests that are looked up at once."""
 
 
 class JournalError(Exception):
@@ -195,6 +198,19 @@ class Journal(Protocol):
 
     async def prefixes(self) -> Sequence[PrefixRecord]:
         """All that is published, in the order of its publication. Damaged ones are left out."""
+        ...
+
+    async def said(self, digests: Sequence[bytes]) -> Mapping[bytes, tuple[str, int]]:
+        """Sessions and versions whose commits have these digests (`Commit.said`), by digest.
+
+        A session may be over whose commit a fork still needs.
+
+        Args:
+            digests: At most `MAX_ASKED`.
+
+        Raises:
+            JournalError: It can't be asked.
+        """
         ...
 
     def stats(self) -> JournalStats:

@@ -173,7 +173,7 @@ def _add(db: sqlite3.Connection, commit: Commit) -> None:
             raise _unrecorded(commit.parent)
     db.execute(
         "INSERT INTO commits (parent, owner, version, base_len, tokens, messages, raw, head,"
-        " pending, finish_reason, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " pending, finish_reason, created_at, said) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             parent,
             codec.name(commit.owner),
@@ -186,6 +186,7 @@ def _add(db: sqlite3.Connection, commit: Commit) -> None:
             codec.dump_messages(commit.pending),
             commit.finish_reason,
             commit.created_at,
+            commit.said,
         ),
     )
 

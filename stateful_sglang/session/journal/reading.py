@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from stateful_sglang.session.journal import codec, rows
@@ -37,6 +37,7 @@ class StoredCommit(NamedTuple):
     pending: tuple[Message, ...]
     finish_reason: str | None
     created_at: float
+    said: bytes | None
 
 
 class StoredHistory(NamedTuple):
@@ -94,19 +95,26 @@ def stored_history(db: sqlite3.Connection, session_id: str) -> StoredHistory | N
         " UNION SELECT commits.parent FROM commits JOIN needed USING (id)"
         " WHERE commits.parent IS NOT NULL)"
         " SELECT commits.id, parent, owner, version, base_len, tokens, messages, raw, heads.key,"
-        " pending, finish_reason, commits.created_at, heads.id"
+        " pending, finish_reason, commits.created_at, said, heads.id"
         " FROM needed JOIN commits ON commits.id = needed.id LEFT JOIN heads ON heads.id = head"
         " ORDER BY commits.id",
         (name, origin),
     ).fetchall()
     heads: dict[str, Head] = {}
-    for key, number in {(row[8], row[12]) for row in found}:
+    for key, number in {(row[8], row[13]) for row in found}:
         body = db.execute("SELECT body FROM heads WHERE id = ?", (number,)).fetchone()
         if body is None:
             raise codec.DamagedError("a commit's head is missing")
         heads[key] = codec.parse_head(body[0])
     commits = [_commit(row) for row in found]
     return StoredHistory(session_id, origin, version, newest, commits, heads)
+
+
+def said(db: sqlite3.Connection, digests: Sequence[bytes]) -> dict[bytes, tuple[str, int]]:
+    """Sessions and versions at which all was said that these digests are of, by digest."""
+    marks = ", ".join("?" * len(digests))
+    found = db.execute(f"SELECT said, owner, version FROM commits WHERE said IN ({marks})", digests)
+    return {digest: (codec.from_name(owner), version) for digest, owner, version in found}
 
 
 def sessions(db: sqlite3.Connection, query: SessionQuery) -> SessionPage:
@@ -189,7 +197,8 @@ def open_count(db: sqlite3.Connection) -> int:
 
 
 def _commit(row: tuple[Any, ...]) -> StoredCommit:
-    id_, parent, owner, version, base_len, tokens, messages, raw, head, pending, finish, at, _ = row
+    id_, parent, owner, version, base_len, tokens, messages, raw, head, *rest = row
+    pending, finish, at, said, _ = rest
     return StoredCommit(
         id_,
         parent,
@@ -203,6 +212,7 @@ def _commit(row: tuple[Any, ...]) -> StoredCommit:
         codec.parse_messages(pending),
         finish,
         at,
+        said,
     )
 
 

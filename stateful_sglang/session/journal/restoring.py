@@ -94,6 +94,7 @@ class Restorer:
             pending=row.pending,
             finish_reason=row.finish_reason,
             created_at=row.created_at,
+            said=row.said,
         )
         self.remember(commit)
         return commit

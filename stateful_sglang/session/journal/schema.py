@@ -73,7 +73,12 @@ PREFIXES: Step = (
     "CREATE TABLE prefixes (number INTEGER PRIMARY KEY, id NOT NULL UNIQUE, name, model NOT NULL,"
     " tokens BLOB NOT NULL, created_at REAL NOT NULL)",
 )
-MIGRATIONS: tuple[Step, ...] = (FIRST, TOTALS, PREFIXES)
+SAID: Step = (
+    # Digests of what was said, by which conversations are found that are sent whole.
+    "ALTER TABLE commits ADD COLUMN said",
+    "CREATE INDEX commits_said ON commits (said) WHERE said IS NOT NULL",
+)
+MIGRATIONS: tuple[Step, ...] = (FIRST, TOTALS, PREFIXES, SAID)
 """Step n brings a file of schema version n to n + 1; one that was released never changes."""
 
 

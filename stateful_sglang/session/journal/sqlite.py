@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -137,6 +137,10 @@ class SqliteJournal:
         """See `Journal.result`."""
         now = self._clock()
         return await self._read(lambda db: reading.result(db, tenant, scope, key, now))
+
+    async def said(self, digests: Sequence[bytes]) -> Mapping[bytes, tuple[str, int]]:
+        """See `Journal.said`."""
+        return await self._read(lambda db: reading.said(db, digests))
 
     async def record(self, session_id: str) -> SessionRecord | None:
         """See `Journal.record`."""
