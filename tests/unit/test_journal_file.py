@@ -387,6 +387,30 @@ def test_what_a_tenant_has_open_is_counted_as_it_changes_and_in_files_of_older_r
     assert run(path, look) == ((1, 10), (1, 0), 2)
 
 
+def test_a_file_from_before_conversations_could_be_found_takes_them(filled: Path) -> None:
+    with contextlib.closing(sqlite3.connect(filled, isolation_level=None)) as db:
+        undo_said(db)
+
+    async def use(journal: SqliteJournal) -> dict[bytes, tuple[str, int]]:
+        assert await journal.said([b"one"]) == {}
+        history = await opened(journal, "said")
+        commit = history.prepare(
+            base_len=0, tokens=range(3), head=Head(), messages=[user("hello")], said=b"one"
+        )
+        await journal.append(record_of(history, "said", commit), commit)
+        return dict(await journal.said([b"none", b"one"]))
+
+    assert run(filled, use) == {b"one": ("said", 1)}
+
+    async def look(journal: SqliteJournal) -> tuple[bytes | None, dict[bytes, tuple[str, int]]]:
+        history = await journal.load("said")
+        assert history is not None
+        await journal.end("said", "closed")
+        return history.tip.said, dict(await journal.said([b"one"]))
+
+    assert run(filled, look) == (b"one", {})
+
+
 async def prefix_ids(journal: SqliteJournal) -> list[str]:
     return [each.id for each in await journal.prefixes()]
 
@@ -412,8 +436,7 @@ def test_published_prefixes_outlive_the_process_in_their_order(tmp_path: Path) -
 
 def test_a_file_from_before_there_were_prefixes_takes_them(filled: Path) -> None:
     with contextlib.closing(sqlite3.connect(filled, isolation_level=None)) as db:
-        db.execute("DROP TABLE prefixes")
-        db.execute("PRAGMA user_version = 2")
+        undo_prefixes(db)
 
     async def use(journal: SqliteJournal) -> list[str]:
         assert await prefix_ids(journal) == []
@@ -458,14 +481,28 @@ def test_what_is_asked_with_every_turn_looks_at_no_session_that_it_is_not_about(
     assert not [step for step in plan if step.startswith("SCAN sessions")], plan
 
 
+def undo_said(db: sqlite3.Connection) -> None:
+    """Make a file what the release before conversations could be found left."""
+    db.execute("DROP INDEX commits_said")
+    db.execute("ALTER TABLE commits DROP COLUMN said")
+    db.execute("PRAGMA user_version = 3")
+
+
+def undo_prefixes(db: sqlite3.Connection) -> None:
+    """Make a file what the release before prefixes left."""
+    undo_said(db)
+    db.execute("DROP TABLE prefixes")
+    db.execute("PRAGMA user_version = 2")
+
+
 def undo_totals(db: sqlite3.Connection) -> None:
     """Make a file what the release before the table of totals left."""
+    undo_prefixes(db)
     for trigger in ("session_opened", "session_grown", "session_ended"):
         db.execute(f"DROP TRIGGER {trigger}")
     for index in ("sessions_used", "sessions_lasting", "sessions_due"):
         db.execute(f"DROP INDEX {index}")
     db.execute("DROP TABLE totals")
-    db.execute("DROP TABLE prefixes")
     db.execute("CREATE INDEX sessions_used ON sessions (tenant, used_at)")
     db.execute("CREATE INDEX sessions_open ON sessions (used_at) WHERE state = 'open'")
     db.execute("PRAGMA user_version = 1")
