@@ -395,7 +395,11 @@ def test_a_file_from_before_conversations_could_be_found_takes_them(filled: Path
         assert await journal.said([b"one"]) == {}
         history = await opened(journal, "said")
         commit = history.prepare(
-            base_len=0, tokens=range(3), head=Head(), messages=[user("hello")], said=b"one"
+            base_len=0,
+            tokens=range(3),
+            head=history.tip.conversation.head,
+            messages=[user("hello")],
+            said=b"one",
         )
         await journal.append(record_of(history, "said", commit), commit)
         return dict(await journal.said([b"none", b"one"]))
