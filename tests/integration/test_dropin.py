@@ -190,8 +190,10 @@ def test_two_agents_that_begin_alike_share_a_trunk(
     chat.say("Why?")
     _, found = other.say("Are you sure?")
     assert found.match == "branch"
-    tree = client.get(f"/v1/tree?session_id={found.id}").json()
-    assert max(node["cardinality"] for node in tree["nodes"]) >= 2
+    path = client.get(f"/v1/tree?session_id={found.id}").json()["path"]
+    assert [node["cardinality"] for node in path if node["depth"] <= trunk] == [2] * len(
+        [node for node in path if node["depth"] <= trunk]
+    )
     assert found.history == trunk
 
 
