@@ -35,7 +35,7 @@ VARIABLES: Mapping[str, str] = {
 """Every environment variable of ours, and what it says."""
 
 
-Dropin = Literal["stateful", "off"]
+Dropin = Literal["stateful", "exact", "off"]
 JournalSync = Literal["full", "normal"]
 
 
@@ -180,8 +180,9 @@ class Options:
         default="stateful",
         metadata=about(
             "requests that send the whole conversation, on the routes in OpenAI's and Anthropic's "
-            "form. stateful: each continues the session that it names by what it says again; off: "
-            "as SGLang has it",
+            "form. stateful: each continues the session that it names by what it says again; "
+            "exact: likewise, from the tokens that SGLang's own rendering of all of it shares with "
+            "the session's; off: as SGLang has it",
             choices=lambda: get_args(Dropin),
         ),
     )

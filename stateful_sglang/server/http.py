@@ -111,8 +111,9 @@ def _stateful_client(app: Any, server_args: Any, options: Options, drain: Drain)
         drain.on_begin, drain.on_end = begin, partial(service.shutdown, _LAST_COMMITS_S)
         app.include_router(build_router(service, caller_of))
         once_served(app, service.begin)
-        if options.dropin == "stateful":
-            _drop_in(manager, chat.Conversations(service, caller_of, partial(_check, manager)))
+        if options.dropin != "off":
+            check, exact = partial(_check, manager), options.dropin == "exact"
+            _drop_in(manager, chat.Conversations(service, caller_of, check, exact))
 
     if options.dropin != "off":
         app.add_middleware(ReuseHeader)

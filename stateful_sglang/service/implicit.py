@@ -29,6 +29,7 @@ from stateful_sglang.service.engine import TurnProgress
 from stateful_sglang.service.idempotency import Keeping, Scope
 from stateful_sglang.service.sampling import Sampling
 from stateful_sglang.service.turns import RunningTurn, TurnReader
+from stateful_sglang.session.conversation import absorb_system
 from stateful_sglang.session.errors import SessionError
 from stateful_sglang.session.history import Commit, History
 from stateful_sglang.session.ids import new_session_id
@@ -71,6 +72,9 @@ class Conversation:
     read: Callable[[TurnProgress], Message]
     """What the answer says, as the route will send it."""
     stream: bool
+    exact: bool = False
+    """Its tokens are those of `first`, whatever the session holds; else what is known is neither
+    rendered nor tokenised."""
     options: SessionOptions = field(default_factory=SessionOptions)
     repeats: Hashable | None = None
     """Of a request that may repeat one which runs: what the two have in common."""
@@ -195,12 +199,17 @@ class Implicit:
             resident = await self._branch(asked, session, commit.version)
             await resident.writer.take(0.0)
         try:
-            new = NewMessages(tuple(asked.request.messages[count:]))
-            plan = self._core.planner.plan(resident.session, new)
+            plan = await self._plan(asked.request, resident.session, count)
             return self._run(asked, resident, plan, match, count, divergence)
         except BaseException:
             resident.writer.give_back()
             raise
+
+    async def _plan(self, request: Conversation, session: Session, count: int) -> PlannedTurn:
+        new = tuple(request.messages[count:])
+        if request.exact:
+            return self._core.planner.plan_whole(session, new, await request.first())
+        return self._core.planner.plan(session, NewMessages(new))
 
     async def _branch(self, asked: _Asked, source: Session, version: int) -> Resident:
         forked = source.fork(version, asked.request.options)
@@ -216,7 +225,11 @@ class Implicit:
     async def _anew(self, asked: _Asked) -> tuple[RunningTurn, Reuse]:
         request = asked.request
         rendered = await request.first()
-        plan = self._core.planner.plan_first(request.head, request.messages, rendered)
+        if request.exact:
+            head, messages = absorb_system(request.head, request.messages)
+            plan = PlannedTurn(0, rendered, None, head, messages)
+        else:
+            plan = self._core.planner.plan_first(request.head, request.messages, rendered)
         await self._changes.make_room(asked.caller)
         session_id = new_session_id()
         history = History.opened(session_id, request.head)

@@ -146,6 +146,24 @@ class Planner:
             rendered = self._renderer.first(head, messages).delta
         return PlannedTurn(0, rendered, None, head, messages)
 
+    def plan_whole(
+        self, session: Session, new: Sequence[Message], rendered: array[int]
+    ) -> PlannedTurn:
+        """A turn of a conversation that was rendered as a whole: what it shares with the session's
+        tokens is kept.
+
+        Args:
+            session: Has said all but `new`.
+            new: Messages behind what it has said.
+            rendered: Everything, by the model server ('q').
+        """
+        transcript = session.tip.transcript
+        # At least one token must be computed, for its logits.
+        kept = min(transcript.common_prefix(rendered), len(rendered) - 1)
+        reason = "template_rewrites_history" if kept < len(transcript) else None
+        head = session.tip.conversation.head
+        return PlannedTurn(kept, rendered[kept:], reason, head, new)
+
     def plan_prefill(self, session: Session, pending: Sequence[Message]) -> PlannedTurn | None:
         """What the next turn's delta begins with, whatever follows the pending messages.
 

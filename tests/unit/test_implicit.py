@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from engine_double import EngineDouble
+from engine_double import CHATML, FORGETFUL, EngineDouble
 from one_tenant import OneTenant
 
 from stateful_sglang.service import implicit
@@ -335,3 +335,20 @@ async def test_a_journal_that_cannot_be_asked_begins_a_conversation_anew(
     client.messages[0] = Message("system", "Another.")
     _, reuse = await client.ask("two")
     assert reuse.match == "new"
+
+
+@pytest.mark.parametrize("template", [CHATML, FORGETFUL])
+async def test_an_exact_turn_has_the_tokens_of_the_whole_rendering(template: str) -> None:
+    engine = EngineDouble(template=template)
+    service = OneTenant(engine)
+    client = Client(engine, service)
+    for number in range(4):
+        # A client that sends back something else than it got, as far as white space goes.
+        client.messages[-1] = replace(
+            client.messages[-1], content=client.messages[-1].content + " "
+        )
+        sent = [*client.messages, Message("user", f"question {number} <|im_end|>")]
+        _, reuse = await client.ask(f"question {number} <|im_end|>", exact=True)
+        assert engine.prompts[-1] == whole(engine, sent)
+        assert reuse.match == ("append" if number else "new")
+    await service.shutdown()

@@ -88,6 +88,8 @@ class Conversations(NamedTuple):
     """Whose request it is."""
     check: Callable[[GenerateReqInput], None]
     """Raises `ValueError` where the scheduler can't take a request."""
+    exact: bool = False
+    """Every request is rendered as SGLang renders it."""
 
 
 def over(conversations: Conversations) -> type[ImplicitChat]:
@@ -113,7 +115,8 @@ class ImplicitChat(OpenAIServingChat):  # type: ignore[misc]
         caller = self.conversations.caller_of(raw_request)
         asked = Asked(self, request, raw_request, messages, dumped)
         scope, head = asked.scope(), asked.head()
-        known = self.conversations.service.knows(caller, scope, head, messages)
+        exact = self.conversations.exact
+        known = not exact and self.conversations.service.knows(caller, scope, head, messages)
         if known:
             request.input_ids = list(_STAND_IN)
         try:
@@ -217,6 +220,7 @@ class Asked:
             first=lambda: self._render(rendered),
             read=self._read,
             stream=bool(self._request.stream),
+            exact=self._serving.conversations.exact,
             options=SessionOptions(metadata={"opened_by": "chat"}),
             repeats=self._repeats(),
         )
