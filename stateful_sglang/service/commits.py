@@ -89,7 +89,9 @@ class Committer:
                 await self._record(append, result, raw)
             except JournalError as error:
                 logger.error("a turn could not be recorded: %s", error)
-                raise CommitFailedError(str(error)) from error
+                if append.said is None:
+                    raise CommitFailedError(str(error)) from error
+                # Whoever says everything again loses nothing but time: it is answered all the same.
         return result
 
     async def _record(self, append: AcceptedAppend, result: TurnResult, raw: str) -> None:

@@ -11,31 +11,30 @@ on them.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from array import array
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 from stateful_sglang.service.appends import Appends
 from stateful_sglang.service.changes import Changes
 from stateful_sglang.service.commands import Append, Caller, NewMessages
 from stateful_sglang.service.commits import AcceptedAppend
+from stateful_sglang.service.conversations import Conversation, ImplicitTurn, Match, Reuse
 from stateful_sglang.service.core import Core
 from stateful_sglang.service.directory import Resident
-from stateful_sglang.service.engine import TurnProgress
 from stateful_sglang.service.idempotency import Keeping, Scope
 from stateful_sglang.service.sampling import Sampling
-from stateful_sglang.service.turns import RunningTurn, TurnReader
+from stateful_sglang.service.turns import RunningTurn
 from stateful_sglang.session.conversation import absorb_system
 from stateful_sglang.session.errors import SessionError
 from stateful_sglang.session.history import Commit, History
 from stateful_sglang.session.ids import new_session_id
 from stateful_sglang.session.journal.base import MAX_ASKED, JournalError
 from stateful_sglang.session.messages import Head, Message
-from stateful_sglang.session.records import SessionOptions
 from stateful_sglang.session.said import (
     Difference,
     Said,
@@ -52,60 +51,13 @@ logger = logging.getLogger(__name__)
 MAX_KNOWN = 200_000
 """Versions that can be found, those that were used last; some 300 bytes each."""
 
-Match = Literal["append", "branch", "new"]
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A request of a stateless API, as far as sessions are concerned."""
-
-    head: Head
-    """Tools and what the template is told; the system message is one of the messages."""
-    messages: Sequence[Message]
-    """All that was said; the last one is what the answer is to."""
-    scope: str
-    """What else two requests must have in common to share anything."""
-    wire: Any
-    """The request as the model server's own route made it; its prompt is not looked at."""
-    first: Callable[[], Awaitable[array[int]]]
-    """Renders the whole conversation as the model server's own route does."""
-    read: Callable[[TurnProgress], Message]
-    """What the answer says, as the route will send it."""
-    stream: bool
-    exact: bool = False
-    """Its tokens are those of `first`, whatever the session holds; else what is known is neither
-    rendered nor tokenised."""
-    options: SessionOptions = field(default_factory=SessionOptions)
-    repeats: Hashable | None = None
-    """Of a request that may repeat one which runs: what the two have in common."""
-
-
-class Reuse(NamedTuple):
-    """What of a request was there already."""
-
-    match: Match
-    session_id: str
-    version: int
-    """That it continues."""
-    history_tokens: int
-    """Tokens of that version."""
-    delta_tokens: int
-    messages: int
-    """Of the request, those that were known."""
-    divergence: Difference | None
-    """Where the request left what its session went on with; None where it did not."""
-
-
-class ImplicitTurn(NamedTuple):
-    """A turn of a conversation, for one of those who asked for it."""
-
-    reader: TurnReader
-    reuse: Reuse
-
 
 class _Place(NamedTuple):
     session_id: str
     version: int
+
+
+_Started = tuple[RunningTurn, Reuse]
 
 
 class _Asked(NamedTuple):
@@ -128,7 +80,7 @@ class Implicit:
         self._changes = changes
         self._appends = appends
         self._known: OrderedDict[bytes, _Place] = OrderedDict()
-        self._running: dict[tuple[str, Hashable], tuple[RunningTurn, Reuse]] = {}
+        self._running: dict[tuple[str, Hashable], asyncio.Future[_Started]] = {}
 
     def __len__(self) -> int:
         """Versions that can be found."""
@@ -148,18 +100,46 @@ class Implicit:
         """
         self._core.check_accepting()
         arrived = time.perf_counter()
-        if asked.repeats is not None:
-            running = self._running.get((caller.tenant, asked.repeats))
-            if running is not None and not running[0].ended and not running[0].aborting:
-                return ImplicitTurn(running[0].reader(), running[1])
         said = canonical(asked.messages)
         chain = digests(_scope(caller, asked.scope, asked.head), said)
-        turn, reuse = await self._start(_Asked(caller, asked, said, chain, arrived))
-        if asked.repeats is not None:
-            self._remember_running((caller.tenant, asked.repeats), turn, reuse)
+        start = partial(self._start, _Asked(caller, asked, said, chain, arrived))
+        if asked.repeats is None:
+            turn, reuse = await start()
+        else:
+            turn, reuse = await self._joined((caller.tenant, asked.repeats), start)
         return ImplicitTurn(turn.reader(), reuse)
 
-    async def _start(self, asked: _Asked) -> tuple[RunningTurn, Reuse]:
+    async def _joined(
+        self, key: tuple[str, Hashable], start: Callable[[], Awaitable[_Started]]
+    ) -> _Started:
+        """What runs under a key; where nothing does, what `start` begins."""
+        begun = self._running.get(key)
+        if begun is not None:
+            try:
+                turn, reuse = await asyncio.shield(begun)
+            except asyncio.CancelledError:
+                if not begun.cancelled():
+                    raise  # it is this caller that is gone
+            else:
+                if not turn.ended and not turn.aborting:
+                    return turn, reuse
+        begun = self._running[key] = asyncio.get_running_loop().create_future()
+
+        def forget() -> None:
+            if self._running.get(key) is begun:
+                del self._running[key]
+
+        try:
+            started = await start()
+        except BaseException:
+            forget()
+            begun.cancel()
+            raise
+        begun.set_result(started)
+        started[0].on_end(forget)
+        return started
+
+    async def _start(self, asked: _Asked) -> _Started:
         for count, place in await self._places(asked):
             try:
                 async with self._core.directory.use(asked.caller, place.session_id) as resident:
@@ -190,12 +170,13 @@ class Implicit:
 
     async def _continue(
         self, asked: _Asked, resident: Resident, commit: Commit, count: int
-    ) -> tuple[RunningTurn, Reuse]:
-        session, divergence = resident.session, None
+    ) -> _Started:
+        session, divergence, writer = resident.session, None, resident.writer
         match: Match = "append"
-        if commit is not session.tip or commit.pending or not await resident.writer.take(0.0):
+        tip_free = commit is session.tip and not commit.pending and not writer.held
+        if not tip_free or not await writer.take(0.0):
             match = "branch"
-            divergence = first_difference(said_by(session.tip), asked.said)
+            divergence = first_difference(_said_by(session.tip), asked.said)
             resident = await self._branch(asked, session, commit.version)
             await resident.writer.take(0.0)
         try:
@@ -203,6 +184,8 @@ class Implicit:
             return self._run(asked, resident, plan, match, count, divergence)
         except BaseException:
             resident.writer.give_back()
+            if match == "branch":
+                self._core.spawn(self._core.directory.end(resident.session.id, "closed"))
             raise
 
     async def _plan(self, request: Conversation, session: Session, count: int) -> PlannedTurn:
@@ -222,7 +205,7 @@ class Implicit:
         assert resident is not None
         return resident
 
-    async def _anew(self, asked: _Asked) -> tuple[RunningTurn, Reuse]:
+    async def _anew(self, asked: _Asked) -> _Started:
         request = asked.request
         rendered = await request.first()
         if request.exact:
@@ -230,13 +213,23 @@ class Implicit:
             plan = PlannedTurn(0, rendered, None, head, messages)
         else:
             plan = self._core.planner.plan_first(request.head, request.messages, rendered)
-        await self._changes.make_room(asked.caller)
+        kept = await self._has_room(asked.caller)
         session_id = new_session_id()
         history = History.opened(session_id, request.head)
         session = Session(session_id, asked.caller.tenant, history, request.options)
         resident = self._core.directory.add(session)
-        await resident.writer.take(0.0)
-        return self._run(asked, resident, plan, "new", 0, None)
+        if kept:
+            await resident.writer.take(0.0)
+        return self._run(asked, resident, plan, "new", 0, None, kept=kept)
+
+    async def _has_room(self, caller: Caller) -> bool:
+        """Whether one more session can be kept: a request is served in any case."""
+        try:
+            await self._changes.make_room(caller)
+        except SessionError as error:
+            logger.warning("a conversation is served and not kept: %s", error.message)
+            return False
+        return True
 
     def _run(
         self,
@@ -246,7 +239,10 @@ class Implicit:
         match: Match,
         count: int,
         divergence: Difference | None,
-    ) -> tuple[RunningTurn, Reuse]:
+        *,
+        kept: bool = True,
+    ) -> _Started:
+        """Begin the turn; `kept`: there will be a session of it, and its writer's place is held."""
         session, request = resident.session, asked.request
         tip = session.tip
         sampling = self._core.planner.sampling(Sampling(), plan)
@@ -254,9 +250,10 @@ class Implicit:
         def all_said(answer: Message) -> bytes:
             return one_more(asked.chain[-1], canonical([answer])[0])
 
+        new = NewMessages(tuple(request.messages[count:]))
         accepted = AcceptedAppend(
             resident,
-            Append(NewMessages(tuple(request.messages[count:])), stream=request.stream),
+            Append(new, stream=request.stream, ephemeral=not kept),
             plan,
             sampling.max_tokens or 0,
             asked.arrived,
@@ -270,15 +267,17 @@ class Implicit:
         turn = self._appends.begin(asked.caller, accepted, sampling, wire=request.wire)
 
         def ended() -> None:
-            tip = session.tip
-            if turn.committed and tip.said is not None:
-                self._know(tip.said, _Place(session.id, tip.version))
+            made = session.tip
+            if made is not tip and made.said is not None:
+                self._know(made.said, _Place(session.id, made.version))
             elif match != "append":
                 self._core.spawn(self._forget(session.id, recorded=match == "branch"))
 
         turn.on_end(ended)
-        known, new = len(tip.transcript), len(plan.delta)
-        return turn, Reuse(match, session.id, tip.version, known, new, count, divergence)
+        reuse = Reuse(
+            match, session.id, tip.version, len(tip.transcript), len(plan.delta), count, divergence
+        )
+        return turn, reuse
 
     async def _forget(self, session_id: str, *, recorded: bool) -> None:
         """Leave nothing of a session whose only turn came to nothing."""
@@ -293,15 +292,6 @@ class Implicit:
         self._known.move_to_end(digest)
         while len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
-
-    def _remember_running(self, key: tuple[str, Hashable], turn: RunningTurn, reuse: Reuse) -> None:
-        self._running[key] = (turn, reuse)
-
-        def forget() -> None:
-            if self._running.get(key, (None,))[0] is turn:
-                del self._running[key]
-
-        turn.on_end(forget)
 
 
 def _scope(caller: Caller, scope: str, head: Head) -> str:
@@ -318,10 +308,10 @@ def _ends(said: Sequence[Said]) -> list[int]:
 def _verified(resident: Resident, place: _Place, said: list[Said]) -> Commit | None:
     """The commit at a place, if it says that and nothing else."""
     commit = resident.session.at(place.version)
-    return None if commit.conversation.raw or said_by(commit) != said else commit
+    return None if commit.conversation.raw or _said_by(commit) != said else commit
 
 
-def said_by(commit: Commit) -> list[Said]:
+def _said_by(commit: Commit) -> list[Said]:
     """All that was said by a commit, the system message first."""
     conversation = commit.conversation
     system = conversation.head.system

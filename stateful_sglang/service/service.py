@@ -27,11 +27,12 @@ from stateful_sglang.service.commands import (
     Touch,
 )
 from stateful_sglang.service.commits import Committer
+from stateful_sglang.service.conversations import Conversation, ImplicitTurn
 from stateful_sglang.service.core import Core, Limits, journal_errors, view_from
 from stateful_sglang.service.engine import EngineError, TurnEngine
 from stateful_sglang.service.events import MAX_LISTENERS
 from stateful_sglang.service.failures import not_done
-from stateful_sglang.service.implicit import Conversation, Implicit, ImplicitTurn
+from stateful_sglang.service.implicit import Implicit
 from stateful_sglang.service.observe import NullObserver, Observer
 from stateful_sglang.service.plan import Planner
 from stateful_sglang.service.prefixes import Prefixes

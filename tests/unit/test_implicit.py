@@ -14,11 +14,12 @@ from one_tenant import OneTenant
 
 from stateful_sglang.service import implicit
 from stateful_sglang.service.commands import Append, Caller, ListSessions, NewMessages
+from stateful_sglang.service.conversations import Conversation, ImplicitTurn, Reuse
 from stateful_sglang.service.engine import TurnProgress
-from stateful_sglang.service.implicit import Conversation, ImplicitTurn, Reuse
 from stateful_sglang.service.results import TurnResult
 from stateful_sglang.service.sampling import Sampling
-from stateful_sglang.session.errors import EngineFailedError, TurnAbortedError
+from stateful_sglang.service.service import Limits
+from stateful_sglang.session.errors import EngineFailedError, InvalidInputError, TurnAbortedError
 from stateful_sglang.session.journal.base import JournalError
 from stateful_sglang.session.messages import Head, Message, ToolCall
 
@@ -352,3 +353,81 @@ async def test_an_exact_turn_has_the_tokens_of_the_whole_rendering(template: str
         assert engine.prompts[-1] == whole(engine, sent)
         assert reuse.match == ("append" if number else "new")
     await service.shutdown()
+
+
+@pytest.mark.parametrize("at", ["first", "later"])
+async def test_a_journal_that_fails_fails_no_request(
+    engine: EngineDouble,
+    client: Client,
+    service: OneTenant,
+    monkeypatch: pytest.MonkeyPatch,
+    at: str,
+) -> None:
+    if at == "later":
+        await client.ask("one")
+
+    async def fail(*_: Any) -> None:
+        raise JournalError("the disk is full")
+
+    for name in ("open", "append", "totals"):
+        monkeypatch.setattr(service.journal, name, fail)
+    result, _ = await client.ask("two")
+    assert result.content
+    sent = [*client.messages, Message("user", "three")]
+    await client.ask("three")
+    assert engine.prompts[-1] == whole(engine, sent)
+    monkeypatch.undo()
+    _, reuse = await client.ask("four")
+    assert (reuse.match, reuse.messages) == (("new", 0) if at == "first" else ("append", 3))
+    _, reuse = await client.ask("five")
+    assert (reuse.match, reuse.messages) == ("append", len(client.messages) - 2)
+
+
+async def test_a_tenant_whose_sessions_are_all_at_work_is_served_all_the_same(
+    engine: EngineDouble,
+) -> None:
+    service = OneTenant(engine, Limits(max_sessions=1))
+    one, two = Client(engine, service), Client(engine, service, system="Another.")
+    await one.ask("one")
+    engine.pause_after = 0
+    one.messages.append(Message("user", "two"))
+    running = await one.start()
+    await engine.paused.wait()
+    engine.pause_after = None
+    result, reuse = await two.ask("one")
+    assert (result.content != "", reuse.match) == (True, "new")
+    engine.go.set()
+    await running.reader.result()
+    await asyncio.sleep(0)
+    assert reuse.session_id in engine.closed
+    assert (await service.list(ListSessions(limit=10))).total == 1
+    await service.shutdown()
+
+
+async def test_requests_alike_that_come_at_once_are_one(
+    engine: EngineDouble, client: Client
+) -> None:
+    client.messages.append(Message("user", "one"))
+    started = await asyncio.gather(*(client.start(repeats="same") for _ in range(3)))
+    results = [await turn.reader.result() for turn in started]
+    assert len(engine.requests) == 1
+    assert results[0] == results[1] == results[2]
+    first, *others = started
+    assert all(turn.reuse == first.reuse for turn in others)
+
+
+async def test_a_branch_that_cannot_be_planned_is_begun_anew_and_left_behind_nowhere(
+    client: Client, service: OneTenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await client.ask("one")
+    await client.ask("two")
+    client.messages = client.messages[:3]
+
+    def refuse(*_: Any) -> None:
+        raise InvalidInputError("messages", "the template refuses them")
+
+    monkeypatch.setattr(service.service._planner, "plan", refuse)
+    _, reuse = await client.ask("three")
+    assert reuse.match == "new"
+    await asyncio.sleep(0.05)
+    assert (await service.list(ListSessions(limit=10))).total == 2

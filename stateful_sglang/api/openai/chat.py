@@ -27,8 +27,8 @@ from stateful_sglang.api.openai.said import NotTextError, messages_of
 from stateful_sglang.api.streaming import unless_left
 from stateful_sglang.attachments.check import Attachment
 from stateful_sglang.service.commands import Caller
+from stateful_sglang.service.conversations import Conversation, ImplicitTurn
 from stateful_sglang.service.engine import EngineError, TurnProgress
-from stateful_sglang.service.implicit import Conversation, ImplicitTurn
 from stateful_sglang.service.service import SessionService
 from stateful_sglang.session.errors import SessionError
 from stateful_sglang.session.messages import Head, Message

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
-from stateful_sglang.service.implicit import Reuse
+from stateful_sglang.service.conversations import Reuse
 
 HEADER = "x-stateful-session"
 STATE = "stateful_reuse"
