@@ -97,7 +97,9 @@ def main(
 ) -> None:
     """Measure and print; see the module's docstring."""
     wanted = lengths(histories)
-    with serve(*server_arguments or ()) as server, http.client(server.url) as client:
+    # What is stateless stays so: its requests would find a session of their own.
+    arguments = ["--dropin", "off", *(server_arguments or ())]
+    with serve(*arguments) as server, http.client(server.url) as client:
         session, stateless = run(client, wanted, turns, delta, max_tokens)
         info = client.get("/get_server_info").json()
 
