@@ -136,6 +136,8 @@ class Rank:
         argv = ["--model-path", str(folder), "--dtype", "float32", "--port", "0", *given]
         argv += ["--max-total-tokens", "4096", "--context-length", "512"]
         argv += ["--chunked-prefill-size", "64", "--disable-hybrid-swa-memory"]
+        # What finds calls in answers is settled by the process that starts the ranks.
+        argv += ["--dropin", "off"]
         args, _ = arguments.settle(*parser.parse(argv))
         ranks = SpawnRanks(world_rank=spawn_world_rank(args, tp_rank=0, pp_rank=0), gpu_id=0)
         publish(args, role="scheduler", ranks=ranks)

@@ -105,6 +105,8 @@ _STATE = "switches what is recorded or kept of all requests: its operator's"
 LEFT_OUT: dict[str, str] = {
     "/": _READS,
     "/abort_request": "takes no number; ends other requests by their id",
+    "/v1/prefixes": "takes no number; what it publishes is shared by all",
+    "/v1/prefixes/{prefix_id}": "takes no number",
     "/add_external_corpus": _CONTROL,
     "/api/show": _READS,
     "/api/tags": _READS,

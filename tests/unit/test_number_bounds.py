@@ -230,8 +230,11 @@ from stateful_sglang.runtime.sessions.manager import StatefulTokenizerManager
 
 admission.attach()
 HookRegistry.apply_hooks()
-for kind in (TokenizerManager, StatefulTokenizerManager):
-    assert kind.generate_request.__wrapped__.__module__ == TokenizerManager.__module__
+assert TokenizerManager.generate_request.__wrapped__.__module__ == TokenizerManager.__module__
+manager = StatefulTokenizerManager.__new__(StatefulTokenizerManager)
+manager.follow = None
+TokenizerManager.generate_request = lambda *given: given
+assert manager.generate_request("request", "http") == (manager, "request", "http")
 assert TokenizerManager._create_tokenized_object.__wrapped__
 assert OpenAIServingDetokenize._convert_to_internal_request.__wrapped__
 """
