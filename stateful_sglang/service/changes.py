@@ -70,20 +70,26 @@ class Changes:
                 source = resident.session
                 version = source.version if command.version is None else command.version
                 forked = source.fork(version, command.options)
-                engine = self._core.engine
-                # The ranks first: a turn of the source may write other tokens while this waits.
-                if forked.held_len:
-                    await engine.fork_session(source.id, forked.id, forked.held_len)
-                try:
-                    view = await self.add(caller, forked, keeping)
-                except BaseException:
-                    if forked.held_len:
-                        await engine.close_session(forked.id)
-                    raise
-                self._core.events.tell(source.id, "forked", version=version)
-                return view
+                return await self.add_fork(caller, source, forked, keeping)
 
         return await self._core.once(caller, session_id, command.key, run, view_from)
+
+    async def add_fork(
+        self, caller: Caller, source: Session, forked: Session, keeping: Keeping
+    ) -> SessionView:
+        """Take in a fork that was just made; nothing may wait between its making and this."""
+        engine = self._core.engine
+        # The ranks first: a turn of the source may write other tokens while this waits.
+        if forked.held_len:
+            await engine.fork_session(source.id, forked.id, forked.held_len)
+        try:
+            view = await self.add(caller, forked, keeping)
+        except BaseException:
+            if forked.held_len:
+                await engine.close_session(forked.id)
+            raise
+        self._core.events.tell(source.id, "forked", version=forked.version)
+        return view
 
     async def ingest(self, caller: Caller, session_id: str, command: Ingest) -> Ingested:
         """Add messages without generating; their KV is computed before the answer."""

@@ -197,10 +197,7 @@ class Implicit:
     async def _branch(self, asked: _Asked, source: Session, version: int) -> Resident:
         forked = source.fork(version, asked.request.options)
         keeping = Keeping(Scope(asked.caller.tenant, ""), None)
-        await self._changes.add(asked.caller, forked, keeping)
-        if forked.held_len:
-            await self._core.engine.fork_session(source.id, forked.id, forked.held_len)
-        self._core.events.tell(source.id, "forked", version=version)
+        await self._changes.add_fork(asked.caller, source, forked, keeping)
         resident = self._core.directory.resident(forked.id)
         assert resident is not None
         return resident

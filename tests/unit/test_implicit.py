@@ -13,7 +13,7 @@ from engine_double import CHATML, FORGETFUL, EngineDouble
 from one_tenant import OneTenant
 
 from stateful_sglang.service import implicit
-from stateful_sglang.service.commands import Append, Caller, ListSessions, NewMessages
+from stateful_sglang.service.commands import Append, Caller, ListSessions, NewMessages, Rollback
 from stateful_sglang.service.conversations import Conversation, ImplicitTurn, Reuse
 from stateful_sglang.service.engine import TurnProgress
 from stateful_sglang.service.results import TurnResult
@@ -431,3 +431,47 @@ async def test_a_branch_that_cannot_be_planned_is_begun_anew_and_left_behind_now
     assert reuse.match == "new"
     await asyncio.sleep(0.05)
     assert (await service.list(ListSessions(limit=10))).total == 2
+
+
+async def test_a_branch_has_the_tokens_of_its_version_whatever_its_source_does_meanwhile(
+    engine: EngineDouble,
+    client: Client,
+    service: OneTenant,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, first = await client.ask("one")
+    await client.ask("two")
+    branching = Client(engine, service)
+    branching.messages = [*client.messages[:3], Message("user", "aside")]
+    record = service.journal.open
+
+    async def meanwhile(*given: Any) -> None:
+        await service.rollback(first.session_id, Rollback(0))
+        native = Append(NewMessages((Message("user", "elsewhere " * 30),)), Sampling(max_tokens=4))
+        await (await service.append(first.session_id, native)).result()
+        await record(*given)
+
+    monkeypatch.setattr(service.journal, "open", meanwhile)
+    turn = await branching.start()
+    assert turn.reuse.match == "branch"
+    await turn.reader.result()
+    assert engine.prompts[-1] == whole(engine, branching.messages)
+
+
+async def test_a_branch_that_could_not_be_recorded_leaves_nothing_on_the_ranks(
+    engine: EngineDouble,
+    client: Client,
+    service: OneTenant,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await client.ask("one")
+    await client.ask("two")
+    client.messages = client.messages[:3]
+
+    async def fail(*_: Any) -> None:
+        raise JournalError("the disk is full")
+
+    monkeypatch.setattr(service.journal, "open", fail)
+    _, reuse = await client.ask("aside")
+    assert reuse.match == "new"
+    assert len(engine.rank) == 2
