@@ -11,7 +11,7 @@ from stateful_sglang.service.engine import TurnProgress
 from stateful_sglang.service.turns import TurnReader
 from stateful_sglang.session.messages import Head, Message
 from stateful_sglang.session.records import SessionOptions
-from stateful_sglang.session.said import Difference
+from stateful_sglang.session.said import Difference, Recital
 
 Match = Literal["append", "branch", "new"]
 
@@ -24,8 +24,8 @@ class Conversation:
     """Tools and what the template is told; the system message is one of the messages."""
     messages: Sequence[Message]
     """All that was said; the last one is what the answer is to."""
-    scope: str
-    """What else two requests must have in common to share anything."""
+    recital: Recital
+    """The same as it is compared, from `SessionService.recital`."""
     wire: Any
     """The request as the model server's own route made it; its prompt is not looked at."""
     first: Callable[[], Awaitable[array[int]]]

@@ -15,7 +15,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable
 from functools import partial
 from typing import NamedTuple
 
@@ -34,14 +34,13 @@ from stateful_sglang.session.errors import SessionError
 from stateful_sglang.session.history import Commit, History
 from stateful_sglang.session.ids import new_session_id
 from stateful_sglang.session.journal.base import MAX_ASKED, JournalError
-from stateful_sglang.session.messages import Head, Message
+from stateful_sglang.session.messages import Message
 from stateful_sglang.session.said import (
     Difference,
+    Recital,
     Said,
     canonical,
-    digests,
     first_difference,
-    one_more,
 )
 from stateful_sglang.session.session import Session
 from stateful_sglang.session.turn import PlannedTurn
@@ -65,9 +64,6 @@ class _Asked(NamedTuple):
 
     caller: Caller
     request: Conversation
-    said: list[Said]
-    chain: list[bytes]
-    """Digests of the prefixes of `said`."""
     arrived: float
     """By `time.perf_counter`."""
 
@@ -86,11 +82,9 @@ class Implicit:
         """Versions that can be found."""
         return len(self._known)
 
-    def knows(self, caller: Caller, scope: str, head: Head, messages: Sequence[Message]) -> bool:
+    def knows(self, asked: Recital) -> bool:
         """Whether a conversation seems to go on from one that is known; from any thread."""
-        said = canonical(messages)
-        chain = digests(_scope(caller, scope, head), said)
-        return any(chain[count] in self._known for count in _ends(said))
+        return any(asked.chain[count] in self._known for count in asked.ends)
 
     async def turn(self, caller: Caller, asked: Conversation) -> ImplicitTurn:
         """Start the turn of a conversation, or join the one that a request like it started.
@@ -99,10 +93,7 @@ class Implicit:
             SessionError: What is wrong with the request, before the engine has seen any of it.
         """
         self._core.check_accepting()
-        arrived = time.perf_counter()
-        said = canonical(asked.messages)
-        chain = digests(_scope(caller, asked.scope, asked.head), said)
-        start = partial(self._start, _Asked(caller, asked, said, chain, arrived))
+        start = partial(self._start, _Asked(caller, asked, time.perf_counter()))
         if asked.repeats is None:
             turn, reuse = await start()
         else:
@@ -140,32 +131,35 @@ class Implicit:
         return started
 
     async def _start(self, asked: _Asked) -> _Started:
-        for count, place in await self._places(asked):
+        said, chain = asked.request.recital
+        for count, place in await self._places(asked.request.recital):
             try:
                 async with self._core.directory.use(asked.caller, place.session_id) as resident:
-                    commit = _verified(resident, place, asked.said[:count])
+                    commit = _verified(resident, place, said[:count])
                     if commit is not None:
-                        self._know(asked.chain[count], place)
+                        self._know(chain[count], place)
                         return await self._continue(asked, resident, commit, count)
             except SessionError as error:
                 # Whatever keeps the session from being continued, the request can be served anew.
                 logger.info("a known conversation begins anew: %s", error.kind)
-                self._known.pop(asked.chain[count], None)
+                self._known.pop(chain[count], None)
         return await self._anew(asked)
 
-    async def _places(self, asked: _Asked) -> list[tuple[int, _Place]]:
+    async def _places(self, asked: Recital) -> list[tuple[int, _Place]]:
         """Where the request may have come from, the longest beginning first."""
-        ends = _ends(asked.said)
-        found = [(n, self._known[asked.chain[n]]) for n in ends if asked.chain[n] in self._known]
+        chain, ends = asked.chain, asked.ends
+        found = [
+            (count, self._known[chain[count]]) for count in ends if chain[count] in self._known
+        ]
         if found or not ends:
             return found
-        chain = {asked.chain[count]: count for count in ends[:MAX_ASKED]}
+        counts = {chain[count]: count for count in ends[:MAX_ASKED]}
         try:
-            places = await self._core.journal.said(list(chain))
+            places = await self._core.journal.said(list(counts))
         except JournalError as error:
             logger.warning("conversations can't be looked up: %s", error)
             return []
-        recorded = [(chain[digest], _Place(*place)) for digest, place in places.items()]
+        recorded = [(counts[digest], _Place(*place)) for digest, place in places.items()]
         return sorted(recorded, reverse=True)
 
     async def _continue(
@@ -176,7 +170,7 @@ class Implicit:
         tip_free = commit is session.tip and not commit.pending and not writer.held
         if not tip_free or not await writer.take(0.0):
             match = "branch"
-            divergence = first_difference(_said_by(session.tip), asked.said)
+            divergence = first_difference(_said_by(session.tip), asked.request.recital.said)
             resident = await self._branch(asked, session, commit.version)
             await resident.writer.take(0.0)
         try:
@@ -243,10 +237,6 @@ class Implicit:
         session, request = resident.session, asked.request
         tip = session.tip
         sampling = self._core.planner.sampling(Sampling(), plan)
-
-        def all_said(answer: Message) -> bytes:
-            return one_more(asked.chain[-1], canonical([answer])[0])
-
         new = NewMessages(tuple(request.messages[count:]))
         accepted = AcceptedAppend(
             resident,
@@ -258,7 +248,7 @@ class Implicit:
             tip.version,
             len(tip.transcript),
             request.read,
-            all_said,
+            request.recital.answered,
             unrecorded=match == "new",
         )
         turn = self._appends.begin(asked.caller, accepted, sampling, wire=request.wire)
@@ -289,17 +279,6 @@ class Implicit:
         self._known.move_to_end(digest)
         while len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
-
-
-def _scope(caller: Caller, scope: str, head: Head) -> str:
-    return f"{caller.tenant} {scope} {head.key}"
-
-
-def _ends(said: Sequence[Said]) -> list[int]:
-    """Lengths of a conversation's beginnings that could be a version, the longest first: those that
-    end with an answer."""
-    counts = range(len(said) - 1, 0, -1)
-    return [count for count in counts if said[count - 1].role == "assistant"]
 
 
 def _verified(resident: Resident, place: _Place, said: list[Said]) -> Commit | None:

@@ -48,6 +48,7 @@ from stateful_sglang.service.turns import TurnReader
 from stateful_sglang.session.errors import SessionError, TooManyRequestsError
 from stateful_sglang.session.journal.base import Journal, SessionQuery
 from stateful_sglang.session.messages import Head, Message
+from stateful_sglang.session.said import Recital, recital
 
 logger = logging.getLogger(__name__)
 
@@ -228,9 +229,22 @@ class SessionService:
         self._maintain()
         return await self._appends.append(caller, session_id, command)
 
-    def knows(self, caller: Caller, scope: str, head: Head, messages: Sequence[Message]) -> bool:
+    def recital(
+        self, caller: Caller, scope: str, head: Head, messages: Sequence[Message]
+    ) -> Recital:
+        """What a client says again, as it is compared; from any thread.
+
+        Args:
+            caller: Whose it is.
+            scope: What else two requests must have in common to share anything.
+            head: Tools and what the template is told.
+            messages: All that was said.
+        """
+        return recital(f"{caller.tenant} {scope} {head.key}", messages)
+
+    def knows(self, asked: Recital) -> bool:
         """Whether a conversation seems to go on from one that is known; from any thread."""
-        return self._implicit.knows(caller, scope, head, messages)
+        return self._implicit.knows(asked)
 
     async def converse(self, caller: Caller, conversation: Conversation) -> ImplicitTurn:
         """Start the turn of a conversation that a client sent whole, in the session it belongs to.

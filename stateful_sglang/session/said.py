@@ -44,6 +44,31 @@ class Difference(NamedTuple):
     """Characters of the field that are equal."""
 
 
+class Recital(NamedTuple):
+    """All that a client says again, with what its beginnings are found by."""
+
+    said: list[Said]
+    chain: list[bytes]
+    """A digest for each beginning: of nothing said first, of everything last."""
+
+    @property
+    def ends(self) -> list[int]:
+        """Lengths of the beginnings that a session may have come to, the longest first: those that
+        end with an answer."""
+        counts = range(len(self.said) - 1, 0, -1)
+        return [count for count in counts if self.said[count - 1].role == "assistant"]
+
+    def answered(self, answer: Message) -> bytes:
+        """The digest of everything with an answer behind it."""
+        return one_more(self.chain[-1], canonical([answer])[0])
+
+
+def recital(scope: str, messages: Iterable[Message]) -> Recital:
+    """What a client says again; `scope` is that of `digests`."""
+    said = canonical(messages)
+    return Recital(said, digests(scope, said))
+
+
 def canonical(messages: Iterable[Message]) -> list[Said]:
     """The messages as they are compared, in time proportional to what they say."""
     said: list[Said] = []

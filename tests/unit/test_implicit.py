@@ -19,6 +19,7 @@ from stateful_sglang.service.engine import TurnProgress
 from stateful_sglang.service.results import TurnResult
 from stateful_sglang.service.sampling import Sampling
 from stateful_sglang.service.service import Limits
+from stateful_sglang.session import said
 from stateful_sglang.session.errors import EngineFailedError, InvalidInputError, TurnAbortedError
 from stateful_sglang.session.journal.base import JournalError
 from stateful_sglang.session.messages import Head, Message, ToolCall
@@ -38,11 +39,15 @@ class Client:
             "assistant", last.text
         )
 
-    async def start(self, **changed: Any) -> ImplicitTurn:
+    async def start(
+        self, *, scope: str = "model", head: Head | None = None, **changed: Any
+    ) -> ImplicitTurn:
+        head = head or self.head
+        messages = tuple(self.messages)
         request = Conversation(
-            head=self.head,
-            messages=tuple(self.messages),
-            scope="model",
+            head=head,
+            messages=messages,
+            recital=self.service.service.recital(self.caller, scope, head, messages),
             wire="wire",
             first=self._first,
             read=self.answers,
@@ -179,8 +184,7 @@ async def test_another_tenants_conversation_is_not_known(
 async def test_a_collision_of_digests_changes_nothing_but_time(
     engine: EngineDouble, client: Client, service: OneTenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(implicit, "digests", lambda scope, said: [b""] * (len(said) + 1))
-    monkeypatch.setattr(implicit, "one_more", lambda digest, said: b"")
+    monkeypatch.setattr(said, "_hash", lambda before, text: b"")
     _, mine = await client.ask("one")
     other = Client(engine, service, system="Be long.")
     sent = [*other.messages, Message("user", "one")]

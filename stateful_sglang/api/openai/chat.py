@@ -33,6 +33,7 @@ from stateful_sglang.service.service import SessionService
 from stateful_sglang.session.errors import SessionError
 from stateful_sglang.session.messages import Head, Message
 from stateful_sglang.session.records import SessionOptions
+from stateful_sglang.session.said import Recital
 from stateful_sglang.tenants.salts import narrowed
 
 _CHAT = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat"
@@ -113,10 +114,11 @@ class ImplicitChat(OpenAIServingChat):  # type: ignore[misc]
         except NotTextError:
             return super()._convert_to_internal_request(request, raw_request)  # type: ignore[no-any-return]
         caller = self.conversations.caller_of(raw_request)
-        asked = Asked(self, request, raw_request, messages, dumped)
-        scope, head = asked.scope(), asked.head()
-        exact = self.conversations.exact
-        known = not exact and self.conversations.service.knows(caller, scope, head, messages)
+        asked = Asked(self, request, raw_request, messages)
+        service, exact = self.conversations.service, self.conversations.exact
+        head = asked.head()
+        recital = service.recital(caller, asked.scope(), head, messages)
+        known = not exact and service.knows(recital)
         if known:
             request.input_ids = list(_STAND_IN)
         try:
@@ -127,7 +129,7 @@ class ImplicitChat(OpenAIServingChat):  # type: ignore[misc]
         if not isinstance(wire.input_ids, list) or wire.extra_key is not None:
             return wire, request
         rendered = None if known else wire.input_ids
-        conversation = asked.conversation(scope, head, wire, rendered)
+        conversation = asked.conversation(recital, head, wire, rendered)
         values = {field.name: getattr(wire, field.name) for field in fields(GenerateReqInput)}
         return ConversationInput(**values, conversation=conversation), request
 
@@ -177,13 +179,11 @@ class Asked:
         request: ChatCompletionRequest,
         raw_request: Request,
         messages: list[Message],
-        dumped: list[dict[str, Any]],
     ) -> None:
         self._serving = serving
         self._request = request
         self._raw_request = raw_request
         self._messages = messages
-        self._dumped = dumped
 
     def head(self) -> Head:
         """Tools and what the template is told, as SGLang hands them to it."""
@@ -209,13 +209,13 @@ class Asked:
         return json.dumps([self._request.model, self._request.cache_salt])
 
     def conversation(
-        self, scope: str, head: Head, wire: GenerateReqInput, rendered: list[int] | None
+        self, recital: Recital, head: Head, wire: GenerateReqInput, rendered: list[int] | None
     ) -> Conversation:
         """For the service of sessions."""
         return Conversation(
             head=head,
             messages=self._messages,
-            scope=scope,
+            recital=recital,
             wire=wire,
             first=lambda: self._render(rendered),
             read=self._read,
@@ -250,9 +250,10 @@ class Asked:
         headers = self._raw_request.headers
         again = headers.get("x-stainless-retry-count", "0") != "0"
         key = headers.get("idempotency-key")
+        if not again and not key and self._request.temperature != 0:
+            return None
         body = self._request.model_dump_json(exclude={"rid"}) + repr(key)
-        digest = hashlib.sha256(body.encode("utf-8", "surrogatepass")).hexdigest()
-        return digest if again or key or self._request.temperature == 0 else None
+        return hashlib.sha256(body.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 async def follow(
@@ -274,13 +275,10 @@ async def follow(
     reader, reuse = started
     setattr(request.state, STATE, reuse)
     try:
-        if obj.stream:
-            async for report in reader.reports():
-                yield report
-        else:
+        if not obj.stream:
             await unless_left(request.receive, reader.wait())
-            async for report in reader.reports():
-                yield report
+        async for report in reader.reports():
+            yield report
         try:
             await reader.result()
         except SessionError as error:
