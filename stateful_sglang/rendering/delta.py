@@ -56,6 +56,14 @@ class RenderedDelta:
     """Why tokens were not kept: `template_rewrites_history` or `end_token`."""
 
 
+def beyond(transcript: Transcript, ids: array[int]) -> RenderedDelta:
+    """What a whole rendering ('q') adds to a transcript: what the two share is kept."""
+    # At least one token must be computed, for its logits.
+    kept = min(transcript.common_prefix(ids), len(ids) - 1)
+    reason = "template_rewrites_history" if kept < len(transcript) else None
+    return RenderedDelta(kept, ids[kept:], reason)
+
+
 @dataclass(frozen=True)
 class _Ending:
     """What follows an answer in the template's text."""
@@ -165,10 +173,7 @@ class DeltaRenderer:
     ) -> RenderedDelta:
         old = self._guard.messages(conversation.messages)
         ids = self._guard.encode(self._render(conversation.head, [*old, *new]))
-        # At least one token must be computed, for its logits.
-        kept = min(transcript.common_prefix(ids), len(ids) - 1)
-        reason = "template_rewrites_history" if kept < len(transcript) else None
-        return RenderedDelta(kept, array("q", ids[kept:]), reason)
+        return beyond(transcript, array("q", ids))
 
     def _ending(self, conversation: Conversation, new: Sequence[Message]) -> _Ending | None:
         """What the template puts after the last answer, or None where appending is not enough."""

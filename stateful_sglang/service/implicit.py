@@ -29,7 +29,6 @@ from stateful_sglang.service.directory import Resident
 from stateful_sglang.service.idempotency import Keeping, Scope
 from stateful_sglang.service.sampling import Sampling
 from stateful_sglang.service.turns import RunningTurn
-from stateful_sglang.session.conversation import absorb_system
 from stateful_sglang.session.errors import SessionError
 from stateful_sglang.session.history import Commit, History
 from stateful_sglang.session.ids import new_session_id
@@ -179,7 +178,7 @@ class Implicit:
         except BaseException:
             resident.writer.give_back()
             if match == "branch":
-                self._core.spawn(self._core.directory.end(resident.session.id, "closed"))
+                self._core.spawn(self._forget(resident.session.id, recorded=True))
             raise
 
     async def _plan(self, request: Conversation, session: Session, count: int) -> PlannedTurn:
@@ -199,11 +198,9 @@ class Implicit:
     async def _anew(self, asked: _Asked) -> _Started:
         request = asked.request
         rendered = await request.first()
-        if request.exact:
-            head, messages = absorb_system(request.head, request.messages)
-            plan = PlannedTurn(0, rendered, None, head, messages)
-        else:
-            plan = self._core.planner.plan_first(request.head, request.messages, rendered)
+        plan = self._core.planner.plan_first(
+            request.head, request.messages, rendered, exact=request.exact
+        )
         kept = await self._has_room(asked.caller)
         session_id = new_session_id()
         history = History.opened(session_id, request.head)

@@ -12,7 +12,7 @@ from stateful_sglang.grammar.constraints import Constraints
 from stateful_sglang.grammar.errors import ConstraintError
 from stateful_sglang.grammar.prepare import Kind
 from stateful_sglang.grammar.worker import WorkerUnavailableError
-from stateful_sglang.rendering.delta import DeltaRenderer, RenderedDelta
+from stateful_sglang.rendering.delta import DeltaRenderer, RenderedDelta, beyond
 from stateful_sglang.service.commands import Append, NewMessages, NewText, NewTokens
 from stateful_sglang.service.engine import EngineError, TurnEngine
 from stateful_sglang.service.failures import turn_failed
@@ -54,20 +54,13 @@ class Planner:
         """
         if isinstance(content, Head):
             await self.check_head(content)
-            ids = self._head_tokens(content)
-        elif isinstance(content, NewText):
-            ids = self._renderer.text(content.text, Transcript()).delta
+            rendered = RenderedDelta(0, self._head_tokens(content))
         else:
-            self._check_token_ids(content.ids, "input_ids")
-            ids = array("q", content.ids)
-        if not ids:
+            rendered = self._raw(Transcript(), content)
+        if not rendered.delta:
             raise InvalidInputError("system", "no conversation begins with anything of its own")
-        left = self.tokens_left(0)
-        if len(ids) > left:
-            raise ContextOverflowError(
-                delta_tokens=len(ids), tokens_left=left, context_length=self._engine.context_length
-            )
-        return ids
+        self._check_fits(rendered)
+        return rendered.delta
 
     def _head_tokens(self, head: Head) -> array[int]:
         """What is there before the first user message, whatever that begins with."""
@@ -118,7 +111,8 @@ class Planner:
                 )
             head, messages, rendered = self._behind(tip, messages)
         else:
-            rendered = self._raw(session, content)
+            self._check_opening(session, _field(content))
+            rendered = self._raw(tip.transcript, content)
         if not rendered.delta:
             raise InvalidInputError(_field(content), "nothing to append: it has no tokens")
         self._check_fits(rendered)
@@ -127,11 +121,12 @@ class Planner:
         )
 
     def plan_first(
-        self, head: Head, messages: Sequence[Message], rendered: array[int]
+        self, head: Head, messages: Sequence[Message], rendered: array[int], *, exact: bool
     ) -> PlannedTurn:
         """The first turn of a conversation that the model server's own route has rendered.
 
-        Its tokens are taken, unless they may have special tokens that content spells.
+        Its tokens are taken, unless they may have special tokens that content spells; `exact`
+        takes those too.
 
         Args:
             head: Without a system message.
@@ -142,7 +137,7 @@ class Planner:
             InvalidInputError: They have to be rendered again, and can't be.
         """
         head, messages = absorb_system(head, messages)
-        if not self._renderer.is_plain(head, messages):
+        if not exact and not self._renderer.is_plain(head, messages):
             rendered = self._renderer.first(head, messages).delta
         return PlannedTurn(0, rendered, None, head, messages)
 
@@ -157,12 +152,9 @@ class Planner:
             new: Messages behind what it has said.
             rendered: Everything, by the model server ('q').
         """
-        transcript = session.tip.transcript
-        # At least one token must be computed, for its logits.
-        kept = min(transcript.common_prefix(rendered), len(rendered) - 1)
-        reason = "template_rewrites_history" if kept < len(transcript) else None
+        turn = beyond(session.tip.transcript, rendered)
         head = session.tip.conversation.head
-        return PlannedTurn(kept, rendered[kept:], reason, head, new)
+        return PlannedTurn(turn.base_len, turn.delta, turn.rewind_reason, head, new)
 
     def plan_prefill(self, session: Session, pending: Sequence[Message]) -> PlannedTurn | None:
         """What the next turn's delta begins with, whatever follows the pending messages.
@@ -231,18 +223,19 @@ class Planner:
         min_tokens = min(asked.min_tokens, max_tokens) if asked.min_tokens else None
         return replace(asked, max_tokens=max_tokens, min_tokens=min_tokens)
 
-    def _raw(self, session: Session, content: NewText | NewTokens) -> RenderedDelta:
-        field, tip = _field(content), session.tip
-        if not len(tip.transcript) and (opened_with := _opened_with(session)):
+    def _check_opening(self, session: Session, field: str) -> None:
+        if not len(session.tip.transcript) and (opened_with := _opened_with(session)):
             raise InvalidInputError(
                 field,
                 f"this session was opened with {' and '.join(opened_with)}, which the first append "
                 "renders: begin with messages, or open a session without",
             )
+
+    def _raw(self, transcript: Transcript, content: NewText | NewTokens) -> RenderedDelta:
         if isinstance(content, NewText):
-            return self._renderer.text(content.text, tip.transcript)
-        self._check_token_ids(content.ids, field)
-        return RenderedDelta(len(tip.transcript), array("q", content.ids))
+            return self._renderer.text(content.text, transcript)
+        self._check_token_ids(content.ids, "input_ids")
+        return RenderedDelta(len(transcript), array("q", content.ids))
 
     def _check_token_ids(self, ids: Sequence[int], field: str) -> None:
         size = self._engine.vocab_size
