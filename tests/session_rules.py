@@ -641,6 +641,22 @@ class SessionRules(RuleBasedStateMachine):
         self.keep("import", None, body, got)
         self.make_room()
 
+    @rule(slot=slots, new=words)
+    def detach(self, slot: int, new: str) -> None:
+        """A detached turn is committed though its client leaves as soon as it has begun."""
+        session = self.pick(slot)
+        said = [Said("user", new)]
+        if self.refuses(session, said):
+            return
+        self.leave_detached(session, said)
+        before = self.reference[session].newest
+        self.settle_abandoned(session, said, 9)
+        assert self.reference[session].newest == before + 1
+
+    def leave_detached(self, session: str, said: list[Said]) -> None:
+        """Begin a detached turn of at most 9 tokens, leave it, and wait for its end."""
+        raise NotImplementedError
+
     # ---- Keys ----
 
     @rule(slot=slots, pick=picks)

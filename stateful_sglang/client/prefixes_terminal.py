@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from stateful_sglang.client.connecting import ANY_ID, ApiKey, AsJson, Url, connected, failed
-from stateful_sglang.client.printing import print_json, print_rows, shown
+from stateful_sglang.client.printing import print_json, print_list
 from stateful_sglang.client.sync import DEFAULT_URL
 from stateful_sglang.client.types import PublishOptions, prefix_path
 
@@ -81,12 +81,7 @@ def ls(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: AsJson = False) 
     """List what is published, the oldest first."""
     with connected(url, api_key) as client:
         found = client.prefixes()
-    if as_json:
-        print_json(found)
-    else:
-        print_rows(
-            list(_COLUMNS), ([shown(row, name) for name in _COLUMNS.values()] for row in found)
-        )
+    print_list(found, _COLUMNS, as_json)
 
 
 @app.command(context_settings=ANY_ID)

@@ -30,6 +30,18 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     console.print(table)
 
 
+def print_list(
+    found: Sequence[Mapping[str, Any]], columns: Mapping[str, str], as_json: bool
+) -> None:
+    """What a server listed: all of it for programs, and for people the fields that columns show."""
+    if as_json:
+        print_json(found)
+    else:
+        print_rows(
+            list(columns), ([shown(row, name) for name in columns.values()] for row in found)
+        )
+
+
 def shown(fields: Mapping[str, Any], name: str) -> str:
     """A field of a session, for people."""
     value = fields[name]

@@ -19,7 +19,14 @@ import typer
 
 from stateful_sglang.client.connecting import ANY_ID, ApiKey, AsJson, Url, connected, failed
 from stateful_sglang.client.errors import OtherModelError
-from stateful_sglang.client.printing import print_json, print_message, print_rows, said, shown
+from stateful_sglang.client.printing import (
+    print_json,
+    print_list,
+    print_message,
+    print_rows,
+    said,
+    shown,
+)
 from stateful_sglang.client.sync import DEFAULT_URL, Session
 from stateful_sglang.client.types import ListOptions, State
 
@@ -65,12 +72,7 @@ def ls(
         found = [
             each for each, _ in zip(client.all_sessions(**options), range(limit), strict=False)
         ]
-    if as_json:
-        print_json(found)
-    else:
-        print_rows(
-            list(_COLUMNS), ([shown(row, name) for name in _COLUMNS.values()] for row in found)
-        )
+    print_list(found, _COLUMNS, as_json)
 
 
 @app.command(context_settings=ANY_ID)

@@ -39,6 +39,10 @@ Dropin = Literal["stateful", "exact", "off"]
 JournalSync = Literal["full", "normal"]
 
 
+def _share(example: str) -> Bounds:
+    return Bounds(0, 1, f"it is a share of the KV pool between 0 and 1, for example {example}")
+
+
 @dataclass(frozen=True)
 class Options:
     """What was chosen for one server.
@@ -56,9 +60,7 @@ class Options:
         metadata=about(
             "largest share of the KV pool, 0 to 1, that sessions pin",
             metavar="SHARE",
-            bounds=Bounds(
-                0, 1, "it is a share of the KV pool between 0 and 1, for example --pin-budget 0.5"
-            ),
+            bounds=_share("--pin-budget 0.5"),
         ),
     )
     publish_budget: float = field(
@@ -66,11 +68,7 @@ class Options:
         metadata=about(
             "largest share of the KV pool, 0 to 1, that prefixes published to all tenants may have",
             metavar="SHARE",
-            bounds=Bounds(
-                0,
-                1,
-                "it is a share of the KV pool between 0 and 1, for example --publish-budget 0.1",
-            ),
+            bounds=_share("--publish-budget 0.1"),
         ),
     )
     eviction_policy: str = field(

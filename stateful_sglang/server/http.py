@@ -112,16 +112,13 @@ def _stateful_client(app: Any, server_args: Any, options: Options, drain: Drain)
         app.include_router(build_router(service, caller_of))
         once_served(app, service.begin)
         if options.dropin != "off":
-            check, exact = partial(_check, manager), options.dropin == "exact"
-            _drop_in(manager, chat.Conversations(service, caller_of, check, exact))
+            exact = options.dropin == "exact"
+            conversations = chat.Conversations(service, caller_of, partial(_check, manager), exact)
+            manager.chat_class = chat.over(conversations)
+            manager.follow = partial(chat.follow, conversations)
 
     if options.dropin != "off":
         app.add_middleware(ReuseHeader)
-
-    def _drop_in(manager: Any, conversations: chat.Conversations) -> None:
-        manager.chat_class = chat.over(conversations)
-        manager.follow = partial(chat.follow, conversations)
-
     return {"init_tokenizer_manager_func": stateful_tokenizer_manager(follow)}
 
 

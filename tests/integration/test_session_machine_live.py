@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
 from session_reference import Said
-from session_rules import Body, RefusedError, SessionRules, slots, words
+from session_rules import Body, RefusedError, SessionRules
 from tokenizers import Tokenizer
 
 from bench.engines import tiny
@@ -354,18 +354,9 @@ class LiveSessions(SessionRules):
         for prompt, output in zip(prompts, others, strict=True):
             self.live.oracle.check(prompt, output)
 
-    @rule(slot=slots, new=words)
-    def detach(self, slot: int, new: str) -> None:
-        """A detached turn is committed though its client leaves as soon as it has begun."""
-        session = self.pick(slot)
-        said = [Said("user", new)]
-        if self.refuses(session, said):
-            return
+    def leave_detached(self, session: str, said: list[Said]) -> None:
         operation, body = self.turn_body(said, 9, detach=True, stream=True)
         self.do(self.door.abandon(operation, session, body, 1, streamed=True))
-        before = self.reference[session].newest
-        self.settle_abandoned(session, said, 9)
-        assert self.reference[session].newest == before + 1
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,6 @@ from session_rules import (
     picks,
     slots,
     users,
-    words,
 )
 
 from stateful_sglang.api.errors import from_validation
@@ -352,13 +351,7 @@ class ServiceSessions(SessionRules):
         ends = ("session_closed", "session_not_found")
         assert not isinstance(got, str) or got in ends, got
 
-    @rule(slot=slots, new=words)
-    def detach(self, slot: int, new: str) -> None:
-        """A detached turn is committed though nobody reads it."""
-        session = self.pick(slot)
-        said = [Said("user", new)]
-        if self.refuses(session, said):
-            return
+    def leave_detached(self, session: str, said: list[Said]) -> None:
         operation, body = self.turn_body(said, 9, detach=True)
 
         async def run() -> None:
@@ -367,9 +360,6 @@ class ServiceSessions(SessionRules):
             await reader.wait()
 
         self.do(run())
-        before = self.reference[session].newest
-        self.settle_abandoned(session, said, 9)
-        assert self.reference[session].newest == before + 1
 
     def addressed(self, session: str, new: list[Said]) -> tuple[str, str, Body]:
         operation, body = self.turn_body(new, 6)

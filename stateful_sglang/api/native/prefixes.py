@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from stateful_sglang.api.native.bodies import Body, refusal
 from stateful_sglang.api.native.messages import Text, ToolBody
 from stateful_sglang.api.native.requests import Serving, body_docs
-from stateful_sglang.api.native.schemas import checked_head
+from stateful_sglang.api.native.schemas import check_head, head_of
 from stateful_sglang.service.commands import NewText, NewTokens, Publish
 
 
@@ -32,7 +32,7 @@ class PublishBody(Body):
             raise refusal("give exactly one of system (and tools), text and input_ids", "system")
         if self.chat_template_kwargs and not head:
             raise refusal("there is no template in text or input_ids", "chat_template_kwargs")
-        checked_head(self.system, self.tools, self.chat_template_kwargs)
+        check_head(self.tools, self.chat_template_kwargs)
         return self
 
     def to_command(self) -> Publish:
@@ -41,7 +41,7 @@ class PublishBody(Body):
             return Publish(NewText(self.text), self.name)
         if self.input_ids is not None:
             return Publish(NewTokens(tuple(self.input_ids)), self.name)
-        head = checked_head(self.system, self.tools, self.chat_template_kwargs)
+        head = head_of(self.system, self.tools, self.chat_template_kwargs)
         return Publish(head, self.name)
 
 

@@ -28,19 +28,21 @@ Metadata = Annotated[
 PRIORITY = REQUEST["priority"]
 
 
-def checked_head(
-    system: str | None, tools: Sequence[ToolBody], template_kwargs: dict[str, Any]
-) -> Head:
-    """What stands before the first message.
+def check_head(tools: Sequence[ToolBody], template_kwargs: dict[str, Any]) -> None:
+    """Prove that a head can be used.
 
     Raises:
-        PydanticCustomError: It can't be used; for validators.
+        PydanticCustomError: It can't; for validators.
     """
     names = [tool.function.name for tool in tools]
     if twice := {name for name in names if names.count(name) > 1}:
         raise refusal(f"defined twice: {sorted(twice)}", "tools")
     if reserved := RESERVED_KWARGS & template_kwargs.keys():
         raise refusal(f"not settable: {sorted(reserved)}", "chat_template_kwargs")
+
+
+def head_of(system: str | None, tools: Sequence[ToolBody], template_kwargs: dict[str, Any]) -> Head:
+    """What stands before the first message, from what `check_head` let through."""
     forms = tuple(tool.model_dump(exclude_none=True) for tool in tools)
     return Head(system, forms, template_kwargs)
 
@@ -73,7 +75,7 @@ class OpenBody(OptionsBody, KeyedBody):
 
     @model_validator(mode="after")
     def _consistent(self) -> OpenBody:
-        self.to_head()
+        check_head(self.tools, self.chat_template_kwargs)
         if (
             self.system is not None
             and self.messages
@@ -88,7 +90,7 @@ class OpenBody(OptionsBody, KeyedBody):
 
     def to_head(self) -> Head:
         """What stands before the first message."""
-        return checked_head(self.system, self.tools, self.chat_template_kwargs)
+        return head_of(self.system, self.tools, self.chat_template_kwargs)
 
     def to_command(self) -> OpenSession:
         """As the service takes it."""
