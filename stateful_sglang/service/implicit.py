@@ -254,6 +254,8 @@ class Implicit:
             made = session.tip
             if made is not tip and made.said is not None:
                 self._know(made.said, _Place(session.id, made.version))
+                if match == "new":
+                    self._core.observer.session_opened()
             elif match != "append":
                 self._core.spawn(self._forget(session.id, recorded=match == "branch"))
 
@@ -267,6 +269,7 @@ class Implicit:
         """Leave nothing of a session whose only turn came to nothing."""
         if recorded:
             await self._core.directory.end(session_id, "closed")
+            self._core.observer.session_ended("closed")
         else:
             self._core.directory.drop(session_id)
             await self._core.engine.close_session(session_id)

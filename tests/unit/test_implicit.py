@@ -16,6 +16,7 @@ from stateful_sglang.service import implicit
 from stateful_sglang.service.commands import Append, Caller, ListSessions, NewMessages, Rollback
 from stateful_sglang.service.conversations import Conversation, ImplicitTurn, Reuse
 from stateful_sglang.service.engine import TurnProgress
+from stateful_sglang.service.observe import Ended, NullObserver
 from stateful_sglang.service.results import TurnResult
 from stateful_sglang.service.sampling import Sampling
 from stateful_sglang.service.service import Limits
@@ -479,3 +480,36 @@ async def test_a_branch_that_could_not_be_recorded_leaves_nothing_on_the_ranks(
     _, reuse = await client.ask("aside")
     assert reuse.match == "new"
     assert len(engine.rank) == 2
+
+
+class Counted(NullObserver):
+    """Counts sessions."""
+
+    def __init__(self) -> None:
+        self.opened, self.ended = 0, 0
+
+    def session_opened(self) -> None:
+        self.opened += 1
+
+    def session_ended(self, how: Ended) -> None:
+        self.ended += 1
+
+
+async def test_sessions_of_conversations_are_counted_as_any_others(
+    engine: EngineDouble, client: Client, service: OneTenant
+) -> None:
+    observer = service.service._core.observer = Counted()
+    await client.ask("one")
+    await client.ask("two")
+    assert (observer.opened, observer.ended) == (1, 0)
+    client.messages = [*client.messages[:3], Message("user", "aside")]
+    engine.end_with = RuntimeError("broken")
+    turn = await client.start()
+    assert turn.reuse.match == "branch"
+    await turn.reader.wait()
+    await asyncio.sleep(0.05)
+    assert (observer.opened, observer.ended) == (2, 1)
+    client.messages = [Message("user", "something new")]
+    await (await client.start()).reader.wait()
+    await asyncio.sleep(0.05)
+    assert (observer.opened, observer.ended) == (2, 1), "it was never a session"
